@@ -1,0 +1,4 @@
+"""Target hardware, one file each: its scheme as data, and the writer of its scale file."""
+
+if __name__ != "qdeploy.backends":
+    raise ImportError("import this folder as qdeploy.backends")

@@ -1,0 +1,79 @@
+"""What an observer is: statistics of a stream of tensors, in bounded memory, from which a range follows.
+
+An observer never computes a scale; `arith.choose_scale` does that from the range. The observers themselves are the files of
+`calibration/`, one each, found by name in `observers`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qdeploy.errors import InputError, OptionError, unknown_name
+from qdeploy.registry import Registry
+from qdeploy.spec import QuantSpec
+
+
+class Observer(ABC):
+    """Statistics of a stream. Subclasses take `spec` and their own keyword options, and register with `@observer(name)`."""
+
+    def __init__(self, spec: QuantSpec):
+        self.spec = spec
+
+    @abstractmethod
+    def update(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
+        """Take in one batch: float32 `[C, N]`, C = 1 for a per-tensor spec, finite; `low` and `high` `[C]` are its row extremes."""
+
+    @abstractmethod
+    def range(self) -> tuple[Tensor, Tensor]:
+        """`(low, high)`, float64 `[C]` each, of what was seen so far."""
+
+
+observers: Registry[type[Observer]] = Registry("observer", "qdeploy.calibration")
+
+
+def observer(name: str) -> Any:
+    """Class decorator: register an `Observer` under `name`."""
+    return lambda cls: observers.add(name, cls)
+
+
+def observer_options(name: str) -> dict[str, object]:
+    """The options of the observer `name` with their defaults."""
+    parameters = inspect.signature(observers[name].__init__).parameters
+    return {p.name: p.default for p in parameters.values() if p.name not in ("self", "spec")}
+
+
+def make_observer(name: str, spec: QuantSpec, options: Mapping[str, object]) -> Observer:
+    """The observer `name` for `spec`; `OptionError` for an option that it does not have or a value that it refuses."""
+    known = observer_options(name)
+    for option in options:
+        if option not in known:
+            if not known:
+                raise OptionError(f"observer {name!r} has no options", found=option, action="leave it out")
+            raise unknown_name(f"option of observer '{name}':", option, known)
+    return observers[name](spec, **options)
+
+
+def as_rows(x: Tensor, axis: int | None) -> Tensor:
+    """`x` as `[C, N]` along the channel `axis`, or `[1, N]`."""
+    x = x.detach()
+    return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
+
+
+def finite_minmax(rows: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Per-row `(low, high)`; `InputError` naming the tensor when NaN or Inf is among the values."""
+    if rows.shape[0] == 1:
+        low, high = (v.reshape(1) for v in torch.aminmax(rows))
+    else:
+        low, high = torch.aminmax(rows, dim=1)
+    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise InputError(
+            f"tensor '{name}' holds NaN or Inf during calibration",
+            action="check the calibration data and the float model on it",
+        )
+    return low, high

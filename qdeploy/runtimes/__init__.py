@@ -1,0 +1,65 @@
+"""Real runtimes that can run an emitted ONNX file here: one file each, found by name in `runtimes`.
+
+A runtime is a value that says which package it needs and how to open a model. `verify` opens the file that quantizes,
+runs the same inputs, and compares with the simulation. Importing this package imports no runtime.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdeploy.errors import NotInstalledError
+from qdeploy.registry import Registry
+
+Array = NDArray[np.generic]
+
+
+class Session(Protocol):
+    """An opened model."""
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        """All outputs for one batch of `inputs`, both in the order of the ONNX graph."""
+
+    def placement(self) -> Mapping[str, int]:
+        """Where the nodes run, where the runtime says so: `{"accelerator": 57, "fallback": 0}`; empty otherwise.
+
+        `fallback` counts the compute nodes that the accelerator left to the CPU.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """One runtime.
+
+    `open(path, batch, variant)` opens the ONNX file for batches of exactly `batch`, in one of the `variants` (ways to run, such as
+    with and without graph optimizations). `min_agreement` is the share of samples whose top-1 must be that of the simulation.
+    """
+
+    name: str
+    title: str
+    module: str
+    extra: str | None
+    min_agreement: float
+    open: Callable[[Path, int, str], Session]
+    variants: tuple[str, ...] = ("default",)
+    max_batch: int = 64
+
+    def installed(self) -> bool:
+        """Whether the runtime's module can be imported here."""
+        return importlib.util.find_spec(self.module) is not None
+
+    def require(self) -> None:
+        """Raise `NotInstalledError`, with the pip command, where the runtime is not installed."""
+        if not self.installed():
+            package = f"qdeploy[{self.extra}]" if self.extra else "qdeploy"
+            raise NotInstalledError(f"runtime '{self.name}' is not installed", action=f"pip install '{package}'")
+
+
+runtimes: Registry[Runtime] = Registry("runtime", "qdeploy.runtimes")
