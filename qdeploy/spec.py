@@ -1,4 +1,4 @@
-"""How a tensor is quantized (`QuantSpec`), and with which numbers (`Encoding`): pure data, no torch.
+"""What a tensor is (`TensorSpec`), how it is quantized (`QuantSpec`), with which numbers (`Encoding`): pure data, no torch.
 
 A spec of b bits has the integer codes qmin..qmax: unsigned 0..2^b - 1, signed -2^(b-1)..2^(b-1) - 1, and narrow signed
 -(2^(b-1) - 1)..2^(b-1) - 1. An encoding adds one scale and zero_point, or one of each per channel along `spec.axis`;
@@ -14,7 +14,7 @@ code q stands for (q - zero_point) * scale.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -62,13 +62,32 @@ class QuantSpec:
         return f"{integer} {symmetry} {'per-tensor' if self.axis is None else 'per-channel'}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """Name, shape and dtype of one model input; None in the shape is a dimension that may vary."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+def show_shape(shape: Sequence[int | None]) -> str:
+    """A shape in words, with N or ? for what may vary.
+
+    >>> show_shape((None, 3, None))
+    '[N, 3, ?]'
+    """
+    words = ["?" if length is None else str(length) for length in shape]
+    return f"[{', '.join(['N', *words[1:]] if shape and shape[0] is None else words)}]"
+
+
 class Encoding:
     """The measured numbers of one tensor, keyed by the tensor's name in the emitted ONNX.
 
     `scale` is float32 `[C]` and `zero_point` int64 `[C]`, with C = 1 for a per-tensor spec. Instances are immutable.
     """
 
-    __slots__ = ("tensor", "role", "spec", "scale", "zero_point")
+    __slots__ = ("role", "scale", "spec", "tensor", "zero_point")
 
     tensor: str
     role: Role

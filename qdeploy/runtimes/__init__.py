@@ -6,8 +6,12 @@ runs the same inputs, and compares with the simulation. Importing this package i
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -38,8 +42,9 @@ class Session(Protocol):
 class Runtime:
     """One runtime.
 
-    `open(path, batch, variant)` opens the ONNX file for batches of exactly `batch`, in one of the `variants` (ways to run, such as
-    with and without graph optimizations). `min_agreement` is the share of samples whose top-1 must be that of the simulation.
+    `open(path, batch, variant)` opens the ONNX file for batches of exactly `batch`, in one of the `variants` (ways to run, such
+    as with and without graph optimizations). `min_agreement` is the share of samples whose top-1 must be that of the
+    simulation.
     """
 
     name: str
@@ -60,6 +65,35 @@ class Runtime:
         if not self.installed():
             package = f"qdeploy[{self.extra}]" if self.extra else "qdeploy"
             raise NotInstalledError(f"runtime '{self.name}' is not installed", action=f"pip install '{package}'")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Discard what native code writes to the stdout and stderr of the whole process inside the block.
+
+    Exceptions pass through. Not for blocks in which another thread prints.
+    """
+    saved = [(fd, os.dup(fd)) for fd in (1, 2)]
+    _flush()
+    null = os.open(os.devnull, os.O_WRONLY)
+    for fd, _ in saved:
+        os.dup2(null, fd)
+    try:
+        yield
+    finally:
+        _flush()
+        for fd, copy in saved:
+            os.dup2(copy, fd)
+            os.close(copy)
+        os.close(null)
+
+
+def _flush() -> None:
+    """Empty the buffers of Python and of the C library, which would otherwise be written to the wrong side."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    if os.name == "posix":
+        ctypes.CDLL(None).fflush(None)
 
 
 runtimes: Registry[Runtime] = Registry("runtime", "qdeploy.runtimes")

@@ -1,0 +1,27 @@
+"""ONNX Runtime on CPUs: uint8 asymmetric activations, int8 symmetric per-channel weights, int32 biases, everything in QDQ.
+
+Its integer kernels take exactly this scheme: with int8 activations half of the convolutions stay unfused and run slower than in
+float. A quantizer follows every op, since a float tensor between two integer kernels costs two conversions.
+Source: ONNX Runtime documentation, "Quantize ONNX models"; formats of QDQ in the ONNX operator specification.
+"""
+
+from qdeploy.backend import Backend, Fusion, OpRule, register
+from qdeploy.ops import ACTIVATION, ARITHMETIC, COMPUTE, MAX_POOL, MEAN_POOL, MOVE
+from qdeploy.spec import QuantSpec
+
+ONNXRUNTIME = register(
+    Backend(
+        name="onnxruntime",
+        title="CPUs, by ONNX Runtime",
+        activation=QuantSpec(signed=False, symmetric=False),
+        weight=QuantSpec(signed=True, symmetric=True, narrow=True, axis=0),
+        bias="int32",
+        rules=(
+            OpRule(ops=MOVE | MAX_POOL, inputs=True, output=True, share=True),
+            OpRule(ops=COMPUTE | ARITHMETIC | ACTIVATION | MEAN_POOL, inputs=True, output=True),
+        ),
+        fuse=(Fusion(heads=COMPUTE | frozenset({"add"}), tails=frozenset({"relu", "relu6"})),),
+        command="onnxruntime.InferenceSession('{out}/model.onnx')",
+        runtimes=("onnxruntime", "openvino", "tvm"),
+    )
+)

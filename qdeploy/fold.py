@@ -1,0 +1,125 @@
+"""Fold batch normalization into the convolution or linear layer before it, in float64.
+
+    y = (W x + b - mean) * g + beta,  g = gamma / sqrt(var + eps)     becomes     W' = W g,  b' = (b - mean) g + beta
+
+with g along the output channels of W. (Jacob et al. 2018, section 3.2; for inference.) Every folded layer gets a weight and a
+bias of its own, so that a layer that is called twice, each time before another batch norm, folds as well.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from qdeploy import graph
+
+
+def fold_batch_norms(module: fx.GraphModule) -> int:
+    """Fold every batch norm that is the only reader of a layer with constant weights. Returns the number folded."""
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and graph.op_of(node).name == "batch_norm":
+            count += _fold(module, node)
+    graph.finish(module)
+    return count
+
+
+def untie_biases(module: fx.GraphModule) -> int:
+    """Give every layer a bias of its own, since an integer bias depends on its layer's input. Returns the number of copies."""
+    count = 0
+    seen: set[str] = set()
+    for node in list(module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        position = graph.op_of(node).bias
+        bias = graph.argument(node, position)
+        if position is None or bias is None or bias.op != "get_attr":
+            continue
+        if str(bias.target) in seen:
+            tensor = graph.parameter(module, str(bias.target)).detach().clone()
+            path = _free_path(module, str(bias.target))
+            graph.set_parameter(module, path, tensor)
+            node.update_arg(position, graph.parameter_node(module.graph, path, tensor, node))
+            count += 1
+            seen.add(path)
+        seen.add(str(bias.target))
+    graph.finish(module)
+    return count
+
+
+def _fold(module: fx.GraphModule, norm: fx.Node) -> int:
+    layer = norm.args[0]
+    assert isinstance(layer, fx.Node)
+    if layer.op != "call_function" or len(layer.users) != 1:
+        return 0
+    op = graph.op_of(layer)
+    weight = graph.argument(layer, op.weight)
+    bias = graph.argument(layer, op.bias)
+    constants = [n for n in (weight, bias, *norm.args[1:5]) if isinstance(n, fx.Node)]
+    if op.weight is None or op.bias is None or any(n.op != "get_attr" for n in constants):
+        return 0
+    assert weight is not None
+    old_weight = graph.parameter(module, str(weight.target))
+    gain, shift = _affine(module, norm)
+    grouped_transpose = op.channel_axis == 1 and old_weight.shape[1] != gain.numel()
+    if grouped_transpose or (op.name == "linear" and _rank(layer) != 2):
+        return 0
+    old_bias = graph.parameter(module, str(bias.target)).double() if bias is not None else torch.zeros_like(shift)
+    shape = [-1 if axis == op.channel_axis else 1 for axis in range(old_weight.dim())]
+    new_weight = (old_weight.detach().double() * gain.reshape(shape)).to(old_weight.dtype)
+    new_bias = (old_bias * gain + shift).to(old_weight.dtype)
+    path = str(weight.target)
+    if len(weight.users) > 1:
+        path = _free_path(module, path)
+    bias_path = f"{path.rpartition('.')[0]}.bias".lstrip(".")
+    if bias is None or len(bias.users) > 1 or str(bias.target) != bias_path:
+        bias_path = _free_path(module, bias_path)
+    for position, place, tensor in ((op.weight, path, new_weight), (op.bias, bias_path, new_bias)):
+        graph.set_parameter(module, place, tensor.requires_grad_(old_weight.requires_grad))
+        _set_argument(layer, position, graph.parameter_node(module.graph, place, tensor, layer))
+    _bypass(norm, layer)
+    return 1
+
+
+def _rank(layer: fx.Node) -> int:
+    made = graph.value(layer)
+    assert isinstance(made, Tensor)
+    return made.dim()
+
+
+def _affine(module: fx.GraphModule, norm: fx.Node) -> tuple[Tensor, Tensor]:
+    """`(gain, shift)` of a batch norm in inference, float64 `[C]`."""
+    gamma, beta, mean, variance = (
+        graph.parameter(module, str(n.target)).detach().double() if isinstance(n, fx.Node) else None for n in norm.args[1:5]
+    )
+    assert mean is not None and variance is not None
+    # aten.batch_norm ends in (momentum, eps, cudnn); the functional form ends in (momentum, eps)
+    eps = norm.args[7] if str(norm.target) == "aten.batch_norm.default" else norm.args[-1]
+    assert isinstance(eps, float)
+    gain = (variance + eps).rsqrt()
+    gain = gain if gamma is None else gain * gamma
+    shift = -mean * gain
+    return gain, shift if beta is None else shift + beta
+
+
+def _set_argument(layer: fx.Node, position: int, node: fx.Node) -> None:
+    arguments = list(layer.args) + [None] * (position + 1 - len(layer.args))
+    arguments[position] = node
+    layer.args = tuple(arguments)
+    layer.kwargs = {k: v for k, v in layer.kwargs.items() if k not in ("weight", "bias")}
+
+
+def _bypass(norm: fx.Node, layer: fx.Node) -> None:
+    for user in list(norm.users):
+        if str(user.target) == "<built-in function getitem>":
+            user.replace_all_uses_with(layer)
+    norm.replace_all_uses_with(layer)
+
+
+def _free_path(module: fx.GraphModule, path: str) -> str:
+    names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    free, count = path, 0
+    while free in names:
+        count += 1
+        free = f"{path}_{count}"
+    return free

@@ -1,0 +1,302 @@
+"""The decision, before the graph is touched: which tensor gets which spec, which tensors share one encoding, and why.
+
+Placement, in the order in which it is decided:
+
+1. An op reads quantized inputs, or makes a quantized output, where its rule in the backend says so.
+2. Between fused ops (conv2d + relu) there is no quantizer.
+3. A residual add with `residual = "skip"` leaves the branch in float that ends in a fused layer.
+4. Ops that share (reshape, max pooling, concat ...) carry one encoding through; a need for it travels up to where the values arise.
+5. A layer whose input is quantized has a quantized weight, and a bias as the backend says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from torch import Tensor, fx
+
+from qdeploy import graph
+from qdeploy.backend import Backend, OpRule
+from qdeploy.ops import COMPUTE
+from qdeploy.spec import QuantSpec, Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPlan:
+    """The decision on one tensor.
+
+    `spec` is None where it stays float. `group` names the tensor whose quantizer it uses. `readers` are the tensors made by the ops
+    that see it quantized; `observe` is False where the values only pass through. For a bias, `scales_of` names its layer's input
+    and weight.
+    """
+
+    tensor: str
+    role: Role
+    op: str
+    spec: QuantSpec | None
+    reason: str
+    group: str = ""
+    readers: tuple[str, ...] = ()
+    observe: bool = True
+    scales_of: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All decisions for one model and one backend, in the order of the graph."""
+
+    backend: str
+    tensors: tuple[TensorPlan, ...]
+
+    @property
+    def quantized(self) -> tuple[TensorPlan, ...]:
+        """Those with a spec: each of them must get an encoding."""
+        return tuple(t for t in self.tensors if t.spec is not None)
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """Table rows: tensor, role, op, scheme, reason."""
+        return [(t.tensor, t.role, t.op, t.spec.describe() if t.spec else "float", t.reason) for t in self.tensors]
+
+    def __str__(self) -> str:
+        rows = [("tensor", "role", "op", "scheme", "why"), *self.rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
+        return "\n".join([f"plan for {self.backend}: {len(self.quantized)} of {len(self.tensors)} tensors quantized", *lines])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Widths:
+    """Bit widths that the user chose instead of the backend's."""
+
+    weight: int | None = None
+    activation: int | None = None
+    first_last: int | None = None
+
+
+def make_plan(module: fx.GraphModule, backend: Backend, widths: Widths | None = None) -> Plan:
+    """The plan for a captured and folded graph; `OptionError` for bit widths that the backend has not."""
+    return _Planner(module, backend, widths or Widths()).plan()
+
+
+class _Groups:
+    """Union-find over nodes, the earliest node of a set being its root."""
+
+    def __init__(self, order: dict[fx.Node, int]):
+        self._parent = {node: node for node in order}
+        self._order = order
+
+    def root(self, node: fx.Node) -> fx.Node:
+        while self._parent[node] is not node:
+            self._parent[node] = self._parent[self._parent[node]]
+            node = self._parent[node]
+        return node
+
+    def join(self, a: fx.Node, b: fx.Node) -> None:
+        first, second = sorted((self.root(a), self.root(b)), key=self._order.__getitem__)
+        self._parent[second] = first
+
+
+class _Planner:
+    def __init__(self, module: fx.GraphModule, backend: Backend, widths: Widths):
+        self.backend = backend
+        self.widths = widths
+        self.nodes = list(module.graph.nodes)
+        self.order = {node: index for index, node in enumerate(self.nodes)}
+        self.calls = [n for n in self.nodes if n.op == "call_function"]
+        self.op = {n: graph.op_of(n) for n in self.calls}
+        self.data = {n: self._data_inputs(n) for n in self.calls}
+        self.rule: dict[fx.Node, OpRule | None] = {n: backend.rule(self.op[n].name) for n in self.calls}
+        self.edges: dict[tuple[fx.Node, fx.Node], str] = {}
+        self.made: dict[fx.Node, str] = {}
+        self.notes: dict[fx.Node, str] = {}
+        self.outputs = set(graph.outputs(module.graph))
+        layers = [n for n in self.calls if self.op[n].weight is not None]
+        self.ends = {layers[0], layers[-1]} if layers else set()
+
+    def plan(self) -> Plan:
+        activation, _, _ = self._specs()
+        tails = self._fused_tails()
+        for node in self.calls:
+            self._demand(node, tails)
+        self._spread()
+        groups = self._groups()
+        tensors: list[TensorPlan] = []
+        for node in self.nodes:
+            if graph.is_float(node) and node.op in ("placeholder", "call_function"):
+                tensors.append(self._activation(node, groups, activation))
+            elif node.op == "get_attr" and graph.is_float(node):
+                tensors.extend(self._constant(node, activation))
+        return Plan(backend=self.backend.name, tensors=tuple(tensors))
+
+    def _specs(self) -> tuple[QuantSpec, QuantSpec, QuantSpec]:
+        """Specs of activations, of weights, and of the weights of the first and last layer."""
+        backend, widths = self.backend, self.widths
+        activation = backend.check_bits("activation", widths.activation or backend.activation.bits)
+        weight = backend.check_bits("weight", widths.weight or backend.weight.bits)
+        ends = backend.check_bits("weight", widths.first_last or weight)
+        return (
+            replace(backend.activation, bits=activation),
+            replace(backend.weight, bits=weight),
+            replace(backend.weight, bits=ends),
+        )
+
+    def _data_inputs(self, node: fx.Node) -> list[fx.Node]:
+        op = self.op[node]
+        parameters = {graph.argument(node, position) for position in (op.weight, op.bias)}
+        constant = {p for p in parameters if p is not None and p.op == "get_attr"}
+        return [n for n in node.all_input_nodes if graph.is_float(n) and n not in constant]
+
+    def _fused_tails(self) -> dict[fx.Node, fx.Node]:
+        """Tail node -> head node, for heads that nothing else reads."""
+        tails: dict[fx.Node, fx.Node] = {}
+        for node in self.calls:
+            for head in self.data[node][:1]:
+                alone = len(head.users) == 1 and head not in self.outputs
+                if head.op == "call_function" and alone and self.backend.fuses(self.op[head].name, self.op[node].name):
+                    tails[node] = head
+                    self.notes[head] = f"fused: {self.op[head].name} + {self.op[node].name} are one op on the target"
+        return tails
+
+    def _demand(self, node: fx.Node, tails: dict[fx.Node, fx.Node]) -> None:
+        head = tails.get(node)
+        rule = self.rule[head] if head is not None else self.rule[node]
+        if rule is None:
+            return
+        name = f"{self.op[node].name} {graph.tensor_name(node)}"
+        if rule.inputs and head is None:
+            skipped = self._fused_branch(node)
+            for source in self.data[node]:
+                if source is not skipped:
+                    self.edges.setdefault((source, node), f"input of {name}")
+        fused_on = any(user in tails and tails[user] is node for user in node.users)
+        if rule.output and graph.is_float(node) and not fused_on:
+            self._make(node, f"output of {self.op[head].name + ' + ' if head is not None else ''}{self.op[node].name}")
+
+    def _make(self, node: fx.Node, reason: str) -> None:
+        self.made.setdefault(node, reason)
+        for user in node.users:
+            self.edges.setdefault((node, user), reason)
+
+    def _fused_branch(self, node: fx.Node) -> fx.Node | None:
+        """The input of a residual add that the target computes inside the layer before it: the last layer in graph order."""
+        if self.backend.residual != "skip" or self.op[node].name != "add" or len(self.data[node]) != 2:
+            return None
+        fused = [n for n in self.data[node] if n in self.op and self.op[n].name in COMPUTE and len(n.users) == 1]
+        if not fused:
+            return None
+        branch = max(fused, key=self.order.__getitem__)
+        self.notes[branch] = f"fused: {self.op[branch].name} + residual add are one op on the target; only the skip branch is quantized"
+        return branch
+
+    def _spread(self) -> None:
+        """Carry demands through the ops that share, against the order of the graph so that once is enough, then along it."""
+        for node in reversed(self.calls):
+            rule = self.rule[node]
+            if rule is None or not rule.share or not any((node, user) in self.edges for user in node.users):
+                continue
+            for source in self.data[node]:
+                self.edges.setdefault((source, node), f"carried by {self.op[node].name} to {graph.tensor_name(node)}")
+        for node in self.calls:
+            rule = self.rule[node]
+            if rule is not None and rule.share and rule.inputs and any((s, node) in self.edges for s in self.data[node]):
+                self._make(node, f"{self.op[node].name} keeps the encoding of its input")
+
+    def _groups(self) -> _Groups:
+        groups = _Groups(self.order)
+        for node in self.calls:
+            rule = self.rule[node]
+            if rule is None or not rule.share or not self._readers(node):
+                continue
+            for source in self.data[node]:
+                groups.join(source, node)
+        return groups
+
+    def _readers(self, node: fx.Node) -> list[fx.Node]:
+        return [user for user in node.users if (node, user) in self.edges]
+
+    def _activation(self, node: fx.Node, groups: _Groups, spec: QuantSpec) -> TensorPlan:
+        readers = self._readers(node)
+        op = self.op[node].name if node in self.op else "input"
+        plan = TensorPlan(tensor=graph.tensor_name(node), role="activation", op=op, spec=None, reason=self._float_reason(node))
+        if not readers:
+            return plan
+        root = groups.root(node)
+        rule = self.rule.get(node)
+        carried = rule is not None and rule.share and any((s, node) in self.edges for s in self.data[node])
+        reason = self.made.get(node) or self.edges[node, readers[0]]
+        if root is not node:
+            reason = f"shares the encoding of {graph.tensor_name(root)}: {reason}"
+        return replace(
+            plan,
+            spec=spec,
+            reason=reason,
+            group=graph.tensor_name(root),
+            readers=tuple("output" if r.op == "output" else graph.tensor_name(r) for r in readers),
+            observe=not carried,
+        )
+
+    def _float_reason(self, node: fx.Node) -> str:
+        if node in self.notes:
+            return self.notes[node]
+        readers = ", ".join(sorted({self.op[u].name if u in self.op else "the output" for u in node.users}))
+        return f"float: {self.backend.name} does not quantize what {readers} reads here"
+
+    def _constant(self, node: fx.Node, activation: QuantSpec) -> Iterable[TensorPlan]:
+        """Plans of a parameter: as a weight, as a bias, or as an operand."""
+        path = graph.tensor_name(node)
+        for user in node.users:
+            if user not in self.op:
+                continue
+            op = self.op[user]
+            if graph.argument(user, op.weight) is node:
+                yield self._weight(node, user)
+                return
+            if graph.argument(user, op.bias) is node:
+                yield self._bias(node, user)
+                return
+        readers = self._readers(node)
+        plan = TensorPlan(tensor=path, role="constant", op="constant", spec=None, reason=self._float_reason(node))
+        if readers:
+            reason = self.edges[node, readers[0]]
+            names = tuple(graph.tensor_name(r) for r in readers)
+            plan = replace(plan, spec=activation, reason=reason, group=path, readers=names)
+        yield plan
+
+    def _layer_input(self, layer: fx.Node) -> fx.Node | None:
+        """The quantized input of a layer, if it has one."""
+        return next((s for s in self.data[layer] if (s, layer) in self.edges), None)
+
+    def _weight(self, node: fx.Node, layer: fx.Node) -> TensorPlan:
+        op, rule = self.op[layer], self.rule[layer]
+        path = graph.tensor_name(node)
+        plan = TensorPlan(tensor=path, role="weight", op=op.name, spec=None, reason=f"float: the input of {op.name} is float")
+        if rule is None or self._layer_input(layer) is None:
+            return plan
+        _, inner, ends = self._specs()
+        spec = rule.weight or (ends if layer in self.ends else inner)
+        if spec.axis is not None:
+            spec = replace(spec, axis=op.channel_axis)
+        reason = f"weight of {op.name} {graph.tensor_name(layer)}"
+        return replace(plan, spec=spec, reason=reason, group=path, readers=tuple(graph.tensor_name(u) for u in node.users))
+
+    def _bias(self, node: fx.Node, layer: fx.Node) -> TensorPlan:
+        path, op = graph.tensor_name(node), self.op[layer]
+        source, weight = self._layer_input(layer), graph.argument(layer, op.weight)
+        plan = TensorPlan(tensor=path, role="bias", op=op.name, spec=None, reason=f"float: {self.backend.name} adds biases in float")
+        if source is None or weight is None or weight.op != "get_attr":
+            return replace(plan, reason=f"float: the input of {op.name} is float")
+        scales = (graph.tensor_name(source), graph.tensor_name(weight))
+        if self.backend.bias == "float":
+            return replace(plan, scales_of=scales)
+        per_channel = self._weight(weight, layer).spec
+        assert per_channel is not None and isinstance(graph.value(node), Tensor)
+        axis = None if per_channel.axis is None else 0
+        return replace(
+            plan,
+            spec=QuantSpec(bits=32, signed=True, symmetric=True, axis=axis),
+            reason="int32 at input scale x weight scale, as it is added to the accumulator",
+            group=path,
+            readers=(graph.tensor_name(layer),),
+            scales_of=scales,
+        )

@@ -1,0 +1,103 @@
+"""A model with its quantizers in place: call it to run the simulation, train it for QAT, convert it when calibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from qdeploy.backend import Backend
+from qdeploy.capture import Captured
+from qdeploy.errors import InputError
+from qdeploy.plan import Plan
+from qdeploy.quantizer import Mode, Quantizer
+from qdeploy.recipe import Recipe
+from qdeploy.spec import Encoding, TensorSpec, show_shape
+
+REFERENCE_SAMPLES = 64
+REFERENCE_BYTES = 16 * 2**20
+"""How much of the calibration data is kept to be written with the artifact, as the proof's own inputs."""
+
+
+class Prepared(nn.Module):
+    """The captured graph of one model for one backend, with one `Quantizer` per encoding.
+
+    Before calibration a call computes in float; afterwards it computes the simulation. The output has the structure of the user's
+    model. `print(prepared.plan)` explains every tensor.
+    """
+
+    def __init__(self, captured: Captured, plan: Plan, backend: Backend, recipe: Recipe, seed: int, quantizers: dict[str, Quantizer]):
+        super().__init__()
+        self.module: fx.GraphModule = captured.module
+        self.captured = captured
+        self.plan = plan
+        self.backend = backend
+        self.recipe = recipe
+        self.seed = seed
+        self.quantizers = quantizers
+        self.calibrated = False
+        self.samples_seen = 0
+        self.reference: list[tuple[Tensor, ...]] = []
+
+    def forward(self, *inputs: Tensor) -> object:
+        """The simulation on a batch of inputs, or the float model before calibration."""
+        return self.module(*inputs)
+
+    def flat(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """All output tensors in the order of the emitted ONNX, without gradients."""
+        with torch.no_grad():
+            return [t for t in pytree.tree_leaves(self(*inputs)) if isinstance(t, Tensor)]
+
+    @contextmanager
+    def mode(self, mode: Mode) -> Iterator[None]:
+        """Run all quantizers in `mode` within the block."""
+        before = {quantizer: quantizer.mode for quantizer in self.quantizers.values()}
+        self.set_mode(mode)
+        try:
+            yield
+        finally:
+            for quantizer, old in before.items():
+                quantizer.mode = old
+
+    def set_mode(self, mode: Mode) -> None:
+        """Run all quantizers in `mode` from now on."""
+        for quantizer in self.quantizers.values():
+            quantizer.mode = mode
+
+    def encodings(self) -> tuple[Encoding, ...]:
+        """One per planned tensor, in the order of the plan."""
+        assert self.calibrated
+        return tuple(self.quantizers[planned.tensor].encoding(planned.tensor) for planned in self.plan.quantized)
+
+    def check(self, batch: Sequence[Tensor]) -> None:
+        """`InputError` unless `batch` fits the inputs of the model."""
+        specs = self.captured.inputs
+        if len(batch) != len(specs):
+            raise InputError("a batch has the wrong number of inputs", found=len(batch), allowed=len(specs))
+        for tensor, spec in zip(batch, specs, strict=True):
+            check_tensor(tensor, spec)
+
+    def remember(self, batch: Sequence[Tensor]) -> None:
+        """Keep samples of `batch` for the artifact, up to the limits."""
+        have = sum(len(kept[0]) for kept in self.reference)
+        size = max(1, sum(t[:1].numel() * t.element_size() for t in batch))
+        room = min(REFERENCE_SAMPLES - have, max(1, REFERENCE_BYTES // size) - have)
+        if not self.captured.dynamic_batch:
+            room = len(batch[0]) if not self.reference else 0
+        if room > 0:
+            self.reference.append(tuple(t[:room].detach().clone() for t in batch))
+
+
+def check_tensor(tensor: Tensor, spec: TensorSpec) -> None:
+    """`InputError` unless `tensor` has the shape and dtype of `spec`."""
+    if not isinstance(tensor, Tensor):
+        raise InputError(f"input '{spec.name}' is no tensor", found=type(tensor).__name__, action="give torch tensors")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype != spec.dtype:
+        raise InputError(f"input '{spec.name}' has the wrong dtype", found=dtype, allowed=spec.dtype)
+    fits = tensor.dim() == len(spec.shape) and all(want in (None, size) for want, size in zip(spec.shape, tensor.shape, strict=True))
+    if not fits or 0 in tensor.shape:
+        raise InputError(f"input '{spec.name}' has the wrong shape", found=list(tensor.shape), allowed=show_shape(spec.shape))

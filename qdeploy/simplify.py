@@ -1,0 +1,47 @@
+"""Passes that make a captured graph plainer without changing what it computes. Each changes the graph and returns its changes."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from qdeploy import graph
+
+_NOTHING = ("alias", "clone", "contiguous", "detach", "dropout", "feature_dropout", "lift_fresh_copy")
+_END = 2**63 - 1
+"""What a slice to the end of a dimension has for its end."""
+
+
+def drop_nothing_ops(module: fx.GraphModule) -> int:
+    """Remove ops that return their input unchanged: dropout in inference, clone, a slice of everything."""
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and _is_nothing(node):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+            count += 1
+    graph.finish(module)
+    return count
+
+
+def infer_batch(module: fx.GraphModule) -> int:
+    """Write -1 for the one size of a reshape that is only known at run time, so that no size is computed in the graph."""
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or str(node.target) not in ("aten.view.default", "aten.reshape.default"):
+            continue
+        sizes = list(node.args[1])
+        unknown = [position for position, size in enumerate(sizes) if isinstance(size, fx.Node)]
+        if len(unknown) == 1 and -1 not in sizes:
+            sizes[unknown[0]] = -1
+            node.update_arg(1, sizes)
+            count += 1
+    graph.finish(module)
+    return count
+
+
+def _is_nothing(node: fx.Node) -> bool:
+    name = graph.op_of(node).name
+    if name == "slice":
+        _, _, start, end, step = (*node.args, *(None,) * 5)[:5]
+        return start in (None, 0) and end in (None, _END) and step in (None, 1)
+    return name in _NOTHING and not ("dropout" in name and node.args[-1] is not False)

@@ -1,0 +1,305 @@
+"""Prove an artifact: run what was written, on real runtimes, and compare with what was simulated.
+
+Everything is read from the folder. Per runtime: the share of samples with the simulation's top-1, the SQNR
+
+    10 log10( sum s^2 / sum (s - r)^2 )   in dB, of runtime outputs r against simulated outputs s
+
+and the largest |s - r| in steps of the output's scale (of its range / 255 where the output is float). With labels, accuracy too.
+The simulated outputs are those saved in the folder; for other data they come from the `Prepared` at hand, or else from the literal
+run of the ONNX file (ONNX Runtime without any optimization), which the saved outputs are compared with first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qdeploy.artifact import Artifact, missing_names
+from qdeploy.emit import tensor_names
+from qdeploy.errors import ArtifactError, InputError
+from qdeploy.prepared import Prepared, check_tensor
+from qdeploy.runtimes import Runtime, Session, runtimes
+from qdeploy.spec import TensorSpec
+
+Array = NDArray[Any]
+Outputs = Callable[[Sequence[Array]], list[Array]]
+
+MIN_SQNR = 20.0
+"""dB, below which a runtime does not compute what was simulated, whatever its top-1 says."""
+LITERAL = "none"
+"""The variant of ONNX Runtime that computes node by node what the file says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One row: a runtime in one variant, or the float model or the simulation."""
+
+    name: str
+    samples: int
+    bytes: int
+    agreement: float | None = None
+    sqnr: float | None = None
+    max_steps: float | None = None
+    accuracy: float | None = None
+    placement: dict[str, int] = field(default_factory=dict)
+    faults: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether the row meets its thresholds."""
+        return not self.faults
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """All rows, and what is wrong with the folder itself."""
+
+    results: tuple[Result, ...]
+    faults: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the artifact meets all its checks."""
+        return not self.faults and all(result.passed for result in self.results)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for the manifest and `--json`."""
+        return {"passed": self.passed, "faults": list(self.faults), "results": [asdict(r) for r in self.results]}
+
+
+class _Score:
+    """Running comparison of outputs with simulated ones; memory does not grow with the samples."""
+
+    def __init__(self, steps: Sequence[float]):
+        self.steps = steps
+        self.samples = self.same = self.right = self.labelled = 0
+        self.signal = self.noise = self.worst = 0.0
+        self.ranked = True
+
+    def add(self, simulated: Sequence[Array], made: Sequence[Array], labels: Array | None) -> None:
+        for s, r, step in zip(simulated, made, self.steps, strict=True):
+            if s.shape != r.shape:
+                raise ArtifactError("a runtime returned another shape", found=list(r.shape), allowed=list(s.shape))
+            difference = s.astype(np.float64) - r.astype(np.float64)
+            self.signal += float(np.square(s, dtype=np.float64).sum())
+            self.noise += float(np.square(difference).sum())
+            self.worst = max(self.worst, float(np.abs(difference).max(initial=0.0)) / step)
+        first, ours = simulated[0], made[0]
+        self.samples += len(first) if first.ndim else 1
+        self.ranked &= first.ndim == 2 and first.shape[1] > 1
+        if self.ranked:
+            top = ours.argmax(1)
+            self.same += int((first.argmax(1) == top).sum())
+            if labels is not None:
+                self.right += int((top == labels).sum())
+                self.labelled += len(labels)
+
+    def result(self, name: str, size: int, runtime: Runtime | None, placement: dict[str, int]) -> Result:
+        agreement = self.same / self.samples if self.ranked and self.samples else None
+        sqnr = math.inf if self.noise == 0 else 10 * math.log10(max(self.signal, 1e-300) / self.noise)
+        faults = []
+        if runtime is not None:
+            # one sample may always sit on the edge between two classes
+            if agreement is not None and self.samples - self.same > max(1, (1 - runtime.min_agreement) * self.samples):
+                faults.append(f"top-1 agreement {agreement:.2%} is below {runtime.min_agreement:.1%}")
+            if not sqnr >= MIN_SQNR:
+                faults.append(f"SQNR {sqnr:.1f} dB is below {MIN_SQNR:.0f} dB")
+            if placement.get("fallback", 0):
+                faults.append(f"{placement['fallback']} compute nodes fell back to the CPU")
+        return Result(
+            name=name,
+            samples=self.samples,
+            bytes=size,
+            agreement=agreement,
+            sqnr=min(sqnr, 999.0),
+            max_steps=round(self.worst, 3),
+            accuracy=self.right / self.labelled if self.labelled else None,
+            placement=placement,
+            faults=tuple(faults),
+        )
+
+
+class _Row:
+    """One way to compute outputs, and its score. `size` is that of the file it runs."""
+
+    def __init__(self, name: str, outputs: Outputs, size: int, runtime: Runtime | None, placement: Callable[[], dict[str, int]]):
+        self.name = name
+        self.outputs = outputs
+        self.size = size
+        self.runtime = runtime
+        self.placement = placement
+        self.score: _Score | None = None
+
+    def add(self, inputs: Sequence[Array], simulated: Sequence[Array], labels: Array | None, steps: Sequence[float]) -> None:
+        self.score = self.score or _Score(steps)
+        self.score.add(simulated, self.outputs(inputs), labels)
+
+    def result(self) -> Result:
+        assert self.score is not None
+        return self.score.result(self.name, self.size, self.runtime, self.placement())
+
+
+def verify_artifact(
+    artifact: Artifact,
+    batches: Iterable[Tensor | Sequence[Tensor]] | None = None,
+    runtime: str | Sequence[str] | None = None,
+    labels: Array | None = None,
+    simulation: Prepared | None = None,
+    watch: Callable[[int], None] = lambda samples: None,
+) -> Report:
+    """Check `artifact`, on its saved samples or on `batches`, in `runtime` (default: all of its backend's that are installed).
+
+    `labels` `[N]` are class numbers. `simulation` is the prepared model, where it is still at hand. All runtimes see each batch in
+    turn, so the data is passed once; `watch` is told the samples done. The report also goes into qdeploy.json.
+    """
+    chosen = _choose(artifact, runtime)
+    faults = missing_names(artifact.encodings, artifact.manifest["planned"], tensor_names(onnx.load(artifact.model)))
+    saved = _saved(artifact)
+    steps = _steps(artifact, saved.simulated)
+    references, data = _references(artifact, batches, simulation, saved)
+    rows = [row for r in chosen for row in _runtime_rows(artifact, r)]
+    if batches is not None and simulation is None:
+        faults += _literal_faults(artifact, saved, steps)
+    done = 0
+    for inputs in data:
+        count = len(inputs[0])
+        part = None if labels is None else labels[done : done + count]
+        if part is not None and len(part) != count:
+            raise InputError("there are fewer labels than samples", found=len(labels or ()), action="give one label per sample")
+        simulated = references[-1].outputs(inputs)
+        for row in (*references, *rows):
+            row.add(inputs, simulated, part, steps)
+        done += count
+        watch(done)
+    if done == 0:
+        raise InputError("there is no data to verify with", action="give at least one sample")
+    if labels is not None and len(labels) != done:
+        raise InputError("there are more labels than samples", found=f"{len(labels)} labels, {done} samples")
+    report = Report(results=tuple(row.result() for row in (*references, *rows)), faults=tuple(faults))
+    artifact.record("verify", report.to_json())
+    return report
+
+
+def _choose(artifact: Artifact, names: str | Sequence[str] | None) -> list[Runtime]:
+    if names is None:
+        return [runtimes[name] for name in artifact.manifest["runtimes"] if runtimes[name].installed()]
+    chosen = [runtimes[name] for name in ((names,) if isinstance(names, str) else names)]
+    for runtime in chosen:
+        runtime.require()
+    return chosen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Saved:
+    inputs: list[Array]
+    float_outputs: list[Array]
+    simulated: list[Array]
+
+
+def _saved(artifact: Artifact) -> _Saved:
+    arrays = artifact.reference()
+    return _Saved(
+        inputs=[arrays[f"input.{spec['name']}"] for spec in artifact.inputs],
+        float_outputs=[arrays[f"float.{name}"] for name in artifact.outputs],
+        simulated=[arrays[f"simulated.{name}"] for name in artifact.outputs],
+    )
+
+
+def _steps(artifact: Artifact, simulated: Sequence[Array]) -> list[float]:
+    scales = {e.tensor: float(e.scale.max()) for e in artifact.encodings if e.role == "activation"}
+    return [scales.get(name) or max(float(np.ptp(s)) / 255, 1e-12) for name, s in zip(artifact.outputs, simulated, strict=True)]
+
+
+def _references(
+    artifact: Artifact, batches: Iterable[Tensor | Sequence[Tensor]] | None, prepared: Prepared | None, saved: _Saved
+) -> tuple[list[_Row], Iterable[list[Array]]]:
+    """The rows of the float model and of the simulation (last), and the data."""
+    float_size, size = artifact.manifest["float_bytes"], artifact.simulation.stat().st_size
+
+    def row(name: str, outputs: Outputs, bytes: int) -> _Row:
+        return _Row(name, outputs, bytes, None, dict)
+
+    if batches is None:
+        rows = [row("float", lambda _: saved.float_outputs, float_size), row("simulated", lambda _: saved.simulated, size)]
+        return rows, [saved.inputs]
+    data = _arrays(batches, artifact)
+    if prepared is not None:
+        return [
+            row("float", lambda inputs: _torch(prepared, inputs, "float"), float_size),
+            row("simulated", lambda inputs: _torch(prepared, inputs, "quantize"), size),
+        ], data
+    literal = row("simulated (ONNX, node by node)", _Feed(artifact, artifact.simulation, "onnxruntime", LITERAL), size)
+    if artifact.simulation == artifact.model:
+        return [literal], data
+    return [row("float", _Feed(artifact, artifact.model, "onnxruntime", LITERAL), float_size), literal], data
+
+
+def _torch(prepared: Prepared, inputs: Sequence[Array], mode: Literal["float", "quantize"]) -> list[Array]:
+    with prepared.mode(mode):
+        return [t.numpy() for t in prepared.flat([torch.from_numpy(a) for a in inputs])]
+
+
+def _arrays(batches: Iterable[Tensor | Sequence[Tensor]], artifact: Artifact) -> Iterator[list[Array]]:
+    specs = [TensorSpec(name=s["name"], shape=tuple(s["shape"]), dtype=s["dtype"]) for s in artifact.inputs]
+    for batch in batches:
+        tensors = (batch,) if isinstance(batch, Tensor) else tuple(batch)
+        if len(tensors) != len(specs):
+            raise InputError("a batch has the wrong number of inputs", found=len(tensors), allowed=len(specs))
+        for tensor, spec in zip(tensors, specs, strict=True):
+            check_tensor(tensor, spec)
+        yield [tensor.detach().cpu().numpy() for tensor in tensors]
+
+
+def _literal_faults(artifact: Artifact, saved: _Saved, steps: Sequence[float]) -> list[str]:
+    """What is wrong between the simulation's saved outputs and the literal run of the file, which is about to stand for it."""
+    score = _Score(steps)
+    score.add(saved.simulated, _Feed(artifact, artifact.simulation, "onnxruntime", LITERAL)(saved.inputs), None)
+    result = score.result("", 0, runtimes["onnxruntime"], {})
+    return [f"{artifact.simulation.name} does not compute the saved simulation: {fault}" for fault in result.faults]
+
+
+def _runtime_rows(artifact: Artifact, runtime: Runtime) -> list[_Row]:
+    size = artifact.simulation.stat().st_size
+    rows = []
+    for variant in runtime.variants:
+        feed = _Feed(artifact, artifact.simulation, runtime.name, variant)
+        name = runtime.name if len(runtime.variants) == 1 else f"{runtime.name} ({variant} optimizations)"
+        rows.append(_Row(name, feed, size, runtime, feed.placement))
+    return rows
+
+
+class _Feed:
+    """Run batches of any size on a session, which takes one size: in pieces, the last one filled up with its last sample."""
+
+    def __init__(self, artifact: Artifact, path: Path, runtime: str, variant: str):
+        self.path, self.runtime, self.variant = path, runtimes[runtime], variant
+        fixed = [spec["shape"][0] for spec in artifact.inputs if spec["shape"]]
+        self.fixed: int | None = fixed[0] if fixed else 1
+        self.session: Session | None = None
+        self.batch = 0
+
+    def __call__(self, inputs: Sequence[Array]) -> list[Array]:
+        count = len(inputs[0])
+        if self.session is None:
+            self.batch = self.fixed or min(self.runtime.max_batch, count)
+            self.session = self.runtime.open(self.path, self.batch, self.variant)
+        pieces = []
+        for start in range(0, count, self.batch):
+            piece = [a[start : start + self.batch] for a in inputs]
+            short = self.batch - len(piece[0])
+            filled = [np.concatenate([a, np.repeat(a[-1:], short, axis=0)]) if short else a for a in piece]
+            pieces.append([o[: self.batch - short] for o in self.session.run(filled)])
+        return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
+
+    def placement(self) -> dict[str, int]:
+        assert self.session is not None
+        return dict(self.session.placement())
