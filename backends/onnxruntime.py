@@ -22,6 +22,6 @@ ONNXRUNTIME = register(
         ),
         fuse=(Fusion(heads=COMPUTE | frozenset({"add"}), tails=frozenset({"relu", "relu6"})),),
         command="onnxruntime.InferenceSession('{out}/model.onnx')",
-        runtimes=("onnxruntime", "openvino", "tvm"),
+        runtimes=("onnxruntime", "tvm", "openvino:literal"),
     )
 )

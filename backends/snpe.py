@@ -20,6 +20,7 @@ def write_encodings(encodings: Sequence[Encoding], version: str) -> Mapping[str,
     """The encodings file: activations under one key, weights, biases and constants under the other."""
     activations = [e for e in encodings if e.role == "activation"]
     parameters = [e for e in encodings if e.role != "activation"]
+    content: dict[str, object]
     if version == "1.0.0":
         content = {
             "version": version,

@@ -22,6 +22,6 @@ TVM = register(
         ),
         fuse=(Fusion(heads=COMPUTE | frozenset({"add"}), tails=frozenset({"relu", "relu6"})),),
         command="tvm.relax.frontend.onnx.from_onnx(onnx.load('{out}/model.onnx'))",
-        runtimes=("tvm", "onnxruntime", "openvino"),
+        runtimes=("tvm", "onnxruntime", "openvino:literal"),
     )
 )

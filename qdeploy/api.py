@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from qdeploy import __version__, artifact, emit, fold, graph
@@ -20,11 +21,11 @@ from qdeploy.capture import capture
 from qdeploy.errors import InputError, OptionError
 from qdeploy.insert import freeze, insert_quantizers
 from qdeploy.observer import Observer, make_observer
-from qdeploy.plan import Widths, make_plan
+from qdeploy.plan import Plan, Widths, make_plan
 from qdeploy.prepared import Prepared
 from qdeploy.recipe import Recipe, find_recipe
 from qdeploy.spec import QuantSpec, Role
-from qdeploy.verify import Report, verify_artifact
+from qdeploy.verification import Report, verify_artifact
 
 Batch = Tensor | Sequence[Tensor]
 
@@ -61,6 +62,7 @@ def prepare(
     if not any(tensor.role == "weight" and tensor.spec for tensor in plan.tensors):
         ops = ", ".join(sorted({tensor.op for tensor in plan.tensors if tensor.role == "activation"}))
         raise InputError(f"backend '{target.name}' finds no layer to quantize", found=f"ops: {ops}")
+    _check_float32(captured.module, plan)
 
     def observer(role: Role, spec: QuantSpec) -> Observer:
         choice = chosen.weight if role == "weight" else chosen.activation
@@ -69,6 +71,15 @@ def prepare(
 
     quantizers = insert_quantizers(captured.module, plan, observer)
     return Prepared(captured, plan, target, chosen, seed, quantizers)
+
+
+def _check_float32(module: fx.GraphModule, plan: Plan) -> None:
+    planned = {tensor.tensor for tensor in plan.quantized}
+    made = {graph.tensor_name(node): graph.value(node) for node in module.graph.nodes}
+    for name, value in made.items():
+        if name in planned and isinstance(value, Tensor) and value.dtype != torch.float32:
+            found = f"{str(value.dtype).removeprefix('torch.')} in '{name}'"
+            raise InputError("the model is not in float32", found=found, action="call model.float(), and give float32 examples")
 
 
 def calibrate(prepared: Prepared, batches: Iterable[Batch], watch: Callable[[int], None] = lambda samples: None) -> Prepared:
@@ -134,7 +145,7 @@ def convert(prepared: Prepared, out: str | Path, file_format: str | None = None)
         "notes": notes,
         "float_bytes": len(plain),
         "inputs": [asdict(spec) for spec in prepared.captured.inputs],
-        "outputs": _output_names(prepared),
+        "outputs": emit.output_names(prepared.module),
         "planned": [tensor.tensor for tensor in prepared.plan.quantized],
         "float": {tensor.tensor: tensor.reason for tensor in prepared.plan.tensors if tensor.spec is None},
         "encodings": [encoding.to_json() for encoding in encodings],
@@ -146,11 +157,11 @@ def verify(
     out: str | Path | Artifact,
     batches: Iterable[Batch] | None = None,
     runtime: str | Sequence[str] | None = None,
-    labels: Sequence[int] | Tensor | None = None,
+    labels: Sequence[int] | Tensor | NDArray[Any] | None = None,
     simulation: Prepared | None = None,
     watch: Callable[[int], None] = lambda samples: None,
 ) -> Report:
-    """Run the artifact in the folder `out` on real runtimes and compare; see `qdeploy.verify`."""
+    """Run the artifact in the folder `out` on real runtimes and compare; see `qdeploy.verification`."""
     opened = out if isinstance(out, Artifact) else Artifact.open(out)
     numbers = None if labels is None else np.asarray(labels)
     return verify_artifact(opened, batches, runtime, numbers, simulation, watch)
@@ -193,10 +204,6 @@ def _plain_recipe(recipe: Recipe) -> dict[str, Any]:
     return asdict(recipe) | {"digest": recipe.digest}
 
 
-def _output_names(prepared: Prepared) -> list[str]:
-    return [graph.tensor_name(node).removesuffix("_dequantized") for node in graph.outputs(prepared.module.graph)]
-
-
 def _reference(prepared: Prepared) -> artifact.Arrays:
     """The kept samples with what the float model and the simulation make of them."""
     inputs = [torch.cat(parts) for parts in zip(*prepared.reference, strict=True)]
@@ -204,5 +211,5 @@ def _reference(prepared: Prepared) -> artifact.Arrays:
     for label, mode in (("float", "float"), ("simulated", "quantize")):
         with prepared.mode(mode):  # type: ignore[arg-type]
             made = prepared.flat(inputs)
-        arrays |= {f"{label}.{name}": t.numpy() for name, t in zip(_output_names(prepared), made, strict=True)}
+        arrays |= {f"{label}.{name}": t.numpy() for name, t in zip(emit.output_names(prepared.module), made, strict=True)}
     return arrays

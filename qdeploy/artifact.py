@@ -113,9 +113,15 @@ def staged(out: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         fresh = Path(folder) / out.name
         yield fresh
+        old = Path(folder) / "replaced"
         if out.exists():
-            out.rename(Path(folder) / "replaced")
-        fresh.rename(out)
+            out.rename(old)
+        try:
+            fresh.rename(out)
+        except BaseException:
+            if old.exists():
+                old.rename(out)
+            raise
 
 
 def write(out: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> Artifact:
@@ -164,7 +170,7 @@ def npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in arrays.items():
             part = io.BytesIO()
-            np.lib.format.write_array(part, np.ascontiguousarray(array), allow_pickle=False)
+            np.lib.format.write_array(part, np.asarray(array, order="C"), allow_pickle=False)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy"), part.getvalue(), zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
 

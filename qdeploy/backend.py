@@ -49,7 +49,8 @@ class Backend:
     bias: "float", or "int32" at input scale x weight scale. residual: an add quantizes "both" branches or only the "skip" branch,
     when the other one ends in a fused compute op. emits: "qdq" writes model.onnx with QuantizeLinear/DequantizeLinear; "float"
     writes a float model.onnx, the target's scale files, and model.sim.onnx. formats: the versions of the scale file, default
-    first. command: what the user runs next, with `{out}` for the folder. runtimes: where the artifact can be checked here.
+    first. command: what the user runs next, with `{out}` for the folder. runtimes: where the artifact can be checked here, as NAME
+    or NAME:VARIANT.
     """
 
     name: str

@@ -5,8 +5,11 @@ Nothing of the user's model is changed: the captured graph has parameters of its
 
 from __future__ import annotations
 
+import inspect
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +51,9 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Tensor | Sequenc
         program = model if _is_dynamic(model) else _make_dynamic(model, example, notes)
     else:
         program = _export(model, example)
-    program = program.run_decompositions({})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, while it copies its programs
+        program = program.run_decompositions({})
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     _check_outputs(module)
@@ -67,6 +72,8 @@ def _example(model: nn.Module | ExportedProgram, given: Tensor | Sequence[Tensor
         if not isinstance(model, ExportedProgram):
             raise InputError("example inputs are missing", action="give a tensor or a tuple of tensors as example_inputs")
         return tuple(_like(node) for node in _inputs(model))
+    if not isinstance(given, Tensor | Sequence):
+        raise InputError("example inputs are no tensors", found=type(given).__name__, action="give a tensor or a tuple of tensors")
     tensors = (given,) if isinstance(given, Tensor) else tuple(given)
     for position, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
@@ -108,24 +115,36 @@ def _is_dynamic(program: ExportedProgram) -> bool:
 
 
 def _export(model: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
-    training = model.training
     shapes = tuple({0: Dim("batch")} if t.dim() else None for t in example)
     try:
-        with torch.no_grad():
-            if not isinstance(model, fx.GraphModule):
-                model.eval()
+        with torch.no_grad(), _inference(model):
             return torch.export.export(model, example, dynamic_shapes=_nest(shapes, model), strict=False)
     except Exception as error:  # the user's own forward runs here and may raise anything
         raise _explain(error) from error
+
+
+@contextmanager
+def _inference(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode within the block; afterwards every module of it is in its own mode again."""
+    training = {module: module.training for module in model.modules()}
+    with suppress(NotImplementedError):  # the module of an ExportedProgram refuses, and has one mode only
+        model.eval()
+    try:
+        yield
     finally:
-        if not isinstance(model, fx.GraphModule):
-            model.train(training)
+        with suppress(NotImplementedError):
+            model.train(training[model])
+        for module, mode in training.items():
+            module.training = mode
 
 
 def _nest(shapes: tuple[object, ...], model: nn.Module) -> tuple[object, ...]:
-    """A forward of `*args` takes its dynamic shapes as one nested tuple."""
-    code = getattr(type(model).forward, "__code__", None)
-    return (shapes,) if code is not None and code.co_flags & 0x04 and code.co_argcount == 1 else shapes
+    """What a forward takes as `*args` has its dynamic shapes in one nested tuple."""
+    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return shapes
+    first = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*shapes[:first], shapes[first:]) if len(shapes) > first else shapes
 
 
 def _explain(error: Exception) -> CaptureError:
@@ -145,17 +164,19 @@ def _make_dynamic(program: ExportedProgram, example: tuple[Tensor, ...], notes: 
     """`program` with a dynamic batch, where its graph computes the same for two samples at once; else unchanged, with a note."""
     single = program.module(check_guards=False)
     assert isinstance(single, fx.GraphModule)
-    doubled = tuple(torch.cat([t, t.flip(0)]) if t.dim() else t for t in example)
+    other = tuple(t.flip(tuple(range(t.dim()))) / 2 if t.is_floating_point() and t.dim() else t for t in example)
+    doubled = tuple(torch.cat(pair) if pair[0].dim() else pair[0] for pair in zip(example, other, strict=True))
     try:
         dynamic = _export(single, doubled)
         both = pytree.tree_leaves(dynamic.module(check_guards=False)(*doubled))
-        halves = [pytree.tree_leaves(single(*(t.flip(0) if flip else t for t in example))) for flip in (False, True)]
-        same = all(torch.allclose(b, torch.cat(h), rtol=1e-4, atol=1e-5) for b, *h in zip(both, *halves, strict=True))
-    except (CaptureError, RuntimeError, TypeError):
+        halves = [pytree.tree_leaves(single(*half)) for half in (example, other)]
+        wanted = [torch.cat(pair) for pair in zip(*halves, strict=True)]
+        same = all(b.shape == w.shape and torch.allclose(b, w, rtol=1e-4, atol=1e-5) for b, w in zip(both, wanted, strict=True))
+    except (CaptureError, RuntimeError, TypeError, IndexError):
         same = False
     if same:
         return dynamic
-    batch = next((t.shape[0] for t in example if t.dim()), 1)
+    batch = next((spec.shape[0] for spec in program_inputs(program) if spec.shape), 1)
     notes.append(f"the batch stays fixed at {batch}, as it was exported; export with a dynamic batch to change that")
     return program
 
@@ -167,7 +188,12 @@ def _check_outputs(module: fx.GraphModule) -> None:
 
 
 def _check_example(example: Sequence[Tensor], inputs: Sequence[TensorSpec]) -> None:
+    if len(example) != len(inputs):
+        raise InputError("the example has the wrong number of inputs", found=len(example), allowed=len(inputs))
     for tensor, spec in zip(example, inputs, strict=True):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype != spec.dtype:
+            raise InputError(f"input '{spec.name}' has the wrong dtype", found=dtype, allowed=spec.dtype)
         fits = tensor.dim() == len(spec.shape) and all(
             want is None or want == size for want, size in zip(spec.shape, tensor.shape, strict=True)
         )
@@ -193,7 +219,7 @@ def _own_parameters(module: fx.GraphModule) -> None:
 
 def _name_tensors(module: fx.GraphModule) -> None:
     """Give every tensor the path of the module that makes it; `.op` is added where the module is the user's own."""
-    taken: set[str] = set()
+    taken = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
     for node in module.graph.nodes:
         if node.op == "placeholder":
             name = node.name

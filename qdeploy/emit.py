@@ -70,8 +70,22 @@ def export(prepared: Prepared) -> ir.Model:
     assert program is not None
     model = program.model
     _clean(model)
-    _name(model, graph.outputs(module.graph))
+    _untie(model)
+    _name(model, output_names(module))
     return model
+
+
+def output_names(module: fx.GraphModule) -> list[str]:
+    """Names of the model outputs: those of the tensors returned, or new ones for what is returned twice or is an input as well."""
+    taken = {graph.tensor_name(node) for node in module.graph.nodes}
+    names: list[str] = []
+    for node in graph.outputs(module.graph):
+        source = node.args[0] if node.op == "call_module" else node
+        assert isinstance(source, fx.Node)
+        name = graph.tensor_name(source)
+        alias = name in names or source.op != "call_function"
+        names.append(_fresh(f"{name}_output", taken) if alias else name)
+    return names
 
 
 def float_view(model: ir.Model) -> ir.Model:
@@ -93,15 +107,16 @@ def float_view(model: ir.Model) -> ir.Model:
 def qdq_view(model: ir.Model, encodings: Sequence[Encoding]) -> ir.Model:
     """A copy of an exported model with the encodings as QuantizeLinear and DequantizeLinear: the simulation in standard ONNX."""
     copy = model.clone()
+    taken = {str(value.name) for value in _values(copy)}
     by_name = {encoding.tensor: encoding for encoding in encodings}
     for marker in _markers(copy):
         encoding = by_name[marker.attributes["tensor"].as_string()]
         raw = marker.inputs[0]
         assert raw is not None
         if raw.name in copy.graph.initializers:
-            _lower_parameter(copy, marker, encoding)
+            _lower_parameter(copy, marker, encoding, taken)
         else:
-            _lower_activation(copy, marker, encoding)
+            _lower_activation(copy, marker, encoding, taken)
     _finish(copy)
     return copy
 
@@ -157,12 +172,10 @@ def _clean(model: ir.Model) -> None:
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.graph.name, model.graph.doc_string = "main", None
-    values = [*model.graph.inputs, *model.graph.initializers.values()]
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
-        values.extend(node.outputs)
-    for value in values:
+    for value in _values(model):
         value.metadata_props.clear()
         value.doc_string = None
 
@@ -171,28 +184,55 @@ def _markers(model: ir.Model) -> list[ir.Node]:
     return [node for node in model.graph if node.domain == DOMAIN]
 
 
-def _name(model: ir.Model, outputs: Sequence[fx.Node]) -> None:
-    """Give marked tensors the names of their encodings and the outputs theirs; move others out of the way."""
-    result_names = [graph.tensor_name(node).removesuffix("_dequantized") for node in outputs]
-    targets: dict[int, str] = {}
-    results = {id(value) for value in model.graph.outputs}
+def _untie(model: ir.Model) -> None:
+    """Part again what the exporter merged because it is equal, where the parts have encodings of their own."""
+    owners: dict[int, str] = {}
     for marker in _markers(model):
-        raw, made = marker.inputs[0], marker.outputs[0]
-        assert raw is not None
-        name = marker.attributes["tensor"].as_string()
-        targets[id(raw)] = f"{name}_float" if id(made) in results else name
-        targets.setdefault(id(made), f"{name}_dequantized")
-    for value, name in zip(model.graph.outputs, result_names, strict=True):
-        targets[id(value)] = name
-    taken = set(targets.values())
-    values = [*model.graph.inputs, *model.graph.initializers.values(), *(v for node in model.graph for v in node.outputs)]
+        raw, name = marker.inputs[0], marker.attributes["tensor"].as_string()
+        assert raw is not None and raw.name is not None
+        if owners.setdefault(id(raw), name) == name:
+            continue
+        if raw.name in model.graph.initializers:
+            assert raw.const_value is not None
+            own = ir.Value(name=f"{raw.name}/{name}", shape=raw.shape, type=raw.type, const_value=raw.const_value)
+            model.graph.register_initializer(own)
+        else:
+            copy = ir.node("Identity", [raw])
+            model.graph.insert_before(marker, [copy])
+            own = copy.outputs[0]
+            own.name, own.shape, own.type = f"{raw.name}/{name}", raw.shape, raw.type
+        marker.replace_input_with(0, own)
+
+
+def _values(model: ir.Model) -> list[ir.Value]:
+    return [*model.graph.inputs, *model.graph.initializers.values(), *(v for node in model.graph for v in node.outputs)]
+
+
+def _fresh(name: str, taken: set[str]) -> str:
+    """`name`, with a number where it is taken; from now on it is."""
+    free, count = name, 0
+    while free in taken:
+        count += 1
+        free = f"{name}_{count}"
+    taken.add(free)
+    return free
+
+
+def _name(model: ir.Model, outputs: Sequence[str]) -> None:
+    """Give marked tensors the names of their encodings and the outputs theirs; move others out of the way."""
+    targets = {id(value): value.name or "" for value in model.graph.inputs}
+    targets |= {id(value): name for value, name in zip(model.graph.outputs, outputs, strict=True)}
+    markers = [(marker.attributes["tensor"].as_string(), marker.inputs[0], marker.outputs[0]) for marker in _markers(model)]
+    taken = {*targets.values(), *(name for name, _, _ in markers)}
+    for name, raw, made in markers:
+        is_output = id(made) in targets
+        targets[id(raw)] = _fresh(f"{name}_float", taken) if is_output else name
+        if not is_output:
+            targets[id(made)] = _fresh(f"{name}_dequantized", taken)
+    values = _values(model)
     for value in values:
         if id(value) not in targets and value.name in taken:
-            fresh, count = f"{value.name}_unquantized", 1
-            while fresh in taken:
-                fresh, count = f"{value.name}_unquantized_{count}", count + 1
-            taken.add(fresh)
-            targets[id(value)] = fresh
+            targets[id(value)] = _fresh(f"{value.name}_unquantized", taken)
     for value in values:
         if id(value) in targets and value.name != targets[id(value)]:
             _rename(model, value, targets[id(value)])
@@ -214,11 +254,12 @@ def _constant(model: ir.Model, name: str, array: np.ndarray[Any, Any], dtype: ir
     return value
 
 
-def _numbers(model: ir.Model, encoding: Encoding) -> tuple[ir.Value, ir.Value]:
+def _numbers(model: ir.Model, encoding: Encoding, taken: set[str]) -> tuple[ir.Value, ir.Value]:
     """Scale and zero_point as initializers: scalars, or vectors for a per-channel encoding."""
     shape = () if encoding.spec.axis is None else (-1,)
-    scale = _constant(model, f"{encoding.tensor}_scale", encoding.scale.reshape(shape), ir.DataType.FLOAT)
-    zero = _constant(model, f"{encoding.tensor}_zero_point", encoding.zero_point.reshape(shape), onnx_type(encoding.spec))
+    names = [_fresh(f"{encoding.tensor}_{part}", taken) for part in ("scale", "zero_point")]
+    scale = _constant(model, names[0], encoding.scale.reshape(shape), ir.DataType.FLOAT)
+    zero = _constant(model, names[1], encoding.zero_point.reshape(shape), onnx_type(encoding.spec))
     return scale, zero
 
 
@@ -226,27 +267,28 @@ def _axis(encoding: Encoding) -> dict[str, int]:
     return {} if encoding.spec.axis is None else {"axis": encoding.spec.axis}
 
 
-def _lower_activation(model: ir.Model, marker: ir.Node, encoding: Encoding) -> None:
+def _lower_activation(model: ir.Model, marker: ir.Node, encoding: Encoding, taken: set[str]) -> None:
     spec = encoding.spec
     dtype = onnx_type(spec)
     assert (spec.qmin, spec.qmax) == (dtype.min, dtype.max), f"{encoding.tensor}: QuantizeLinear saturates elsewhere"
     raw, result = marker.inputs[0], marker.outputs[0]
     assert raw is not None
-    scale, zero = _numbers(model, encoding)
+    scale, zero = _numbers(model, encoding, taken)
     q = ir.node("QuantizeLinear", [raw, scale, zero], attributes=_axis(encoding), name=f"{encoding.tensor}_QuantizeLinear")
-    q.outputs[0].name, q.outputs[0].dtype, q.outputs[0].shape = f"{encoding.tensor}_quantized", dtype, raw.shape
+    q.outputs[0].name = _fresh(f"{encoding.tensor}_quantized", taken)
+    q.outputs[0].dtype, q.outputs[0].shape = dtype, raw.shape
     dq = _dequantize(q.outputs[0], scale, zero, encoding)
     _take_place(model, marker, result, [q, dq])
 
 
-def _lower_parameter(model: ir.Model, marker: ir.Node, encoding: Encoding) -> None:
+def _lower_parameter(model: ir.Model, marker: ir.Node, encoding: Encoding, taken: set[str]) -> None:
     raw, result = marker.inputs[0], marker.outputs[0]
     assert raw is not None and raw.const_value is not None
     values = torch.from_numpy(np.array(raw.const_value.numpy()))
     scale, zero = torch.from_numpy(encoding.scale.copy()), torch.from_numpy(encoding.zero_point.copy())
     codes = arith.quantize(values, scale, zero, encoding.spec).numpy()
-    stored = _constant(model, f"{encoding.tensor}_quantized", codes, onnx_type(encoding.spec))
-    dq = _dequantize(stored, *_numbers(model, encoding), encoding)
+    stored = _constant(model, _fresh(f"{encoding.tensor}_quantized", taken), codes, onnx_type(encoding.spec))
+    dq = _dequantize(stored, *_numbers(model, encoding, taken), encoding)
     _take_place(model, marker, result, [dq])
     if not raw.uses():
         del model.graph.initializers[encoding.tensor]
@@ -255,17 +297,16 @@ def _lower_parameter(model: ir.Model, marker: ir.Node, encoding: Encoding) -> No
 
 def _dequantize(codes: ir.Value, scale: ir.Value, zero: ir.Value, encoding: Encoding) -> ir.Node:
     node = ir.node("DequantizeLinear", [codes, scale, zero], attributes=_axis(encoding), name=f"{encoding.tensor}_DequantizeLinear")
-    node.outputs[0].name, node.outputs[0].dtype = f"{encoding.tensor}_dequantized", ir.DataType.FLOAT
-    node.outputs[0].shape = codes.shape
+    node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.FLOAT, codes.shape
     return node
 
 
 def _take_place(model: ir.Model, marker: ir.Node, result: ir.Value, nodes: Sequence[ir.Node]) -> None:
     last = nodes[-1].outputs[0]
+    last.name = result.name
     model.graph.insert_before(marker, nodes)
     for position, output in enumerate(model.graph.outputs):
         if output is result:
-            last.name = result.name
             model.graph.outputs[position] = last
     result.replace_all_uses_with(last)
     model.graph.remove(marker, safe=True)
@@ -294,6 +335,6 @@ def simplify_float(data: bytes, names: Sequence[str]) -> tuple[bytes, str]:
     if not equal:
         return data, "onnxsim was undone: its result did not compute the same"
     if lost:
-        return data, f"onnxsim was undone: it lost the name of '{lost[0]}' and {len(lost) - 1} more encoded tensors"
+        return data, f"onnxsim was undone: it lost the names of encoded tensors: {', '.join(lost)}"
     simplified.producer_name, simplified.producer_version = "qdeploy", __version__
     return simplified.SerializeToString(deterministic=True), "simplified by onnxsim; every encoded tensor kept its name"

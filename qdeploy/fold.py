@@ -36,7 +36,8 @@ def untie_biases(module: fx.GraphModule) -> int:
         if position is None or bias is None or bias.op != "get_attr":
             continue
         if str(bias.target) in seen:
-            tensor = graph.parameter(module, str(bias.target)).detach().clone()
+            shared = graph.parameter(module, str(bias.target))
+            tensor = shared.detach().clone().requires_grad_(shared.requires_grad)
             path = _free_path(module, str(bias.target))
             graph.set_parameter(module, path, tensor)
             node.update_arg(position, graph.parameter_node(module.graph, path, tensor, node))
@@ -64,7 +65,7 @@ def _fold(module: fx.GraphModule, norm: fx.Node) -> int:
     grouped_transpose = op.channel_axis == 1 and old_weight.shape[1] != gain.numel()
     if grouped_transpose or (op.name == "linear" and _rank(layer) != 2):
         return 0
-    old_bias = graph.parameter(module, str(bias.target)).double() if bias is not None else torch.zeros_like(shift)
+    old_bias = graph.parameter(module, str(bias.target)).detach().double() if bias is not None else torch.zeros_like(shift)
     shape = [-1 if axis == op.channel_axis else 1 for axis in range(old_weight.dim())]
     new_weight = (old_weight.detach().double() * gain.reshape(shape)).to(old_weight.dtype)
     new_bias = (old_bias * gain + shift).to(old_weight.dtype)
@@ -113,7 +114,9 @@ def _bypass(norm: fx.Node, layer: fx.Node) -> None:
     for user in list(norm.users):
         if str(user.target) == "<built-in function getitem>":
             user.replace_all_uses_with(layer)
+            norm.graph.erase_node(user)
     norm.replace_all_uses_with(layer)
+    norm.graph.erase_node(norm)
 
 
 def _free_path(module: fx.GraphModule, path: str) -> str:

@@ -40,6 +40,11 @@ def tensor_name(node: fx.Node) -> str:
     return name
 
 
+def reader_name(node: fx.Node) -> str:
+    """The name of `node` as the reader of a tensor: that of the tensor it makes; the graph's output has one that no tensor has."""
+    return "<output>" if node.op == "output" else tensor_name(node)
+
+
 def argument(node: fx.Node, position: int | None) -> fx.Node | None:
     """The node at an argument position of `node`, if there is one. Exporters may pass it by keyword."""
     if position is None:

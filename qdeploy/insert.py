@@ -44,7 +44,7 @@ def insert_quantizers(module: fx.GraphModule, plan: Plan, make_observer: MakeObs
 
 def _call(g: fx.Graph, node: fx.Node, planned: TensorPlan, path: str) -> None:
     readers = set(planned.readers)
-    users = [u for u in node.users if ("output" if u.op == "output" else graph.tensor_name(u)) in readers]
+    users = [u for u in node.users if graph.reader_name(u) in readers]
     assert users, planned.tensor
     # a parameter is fetched where it stands first in the graph, so the call can stand there as well
     with g.inserting_after(node):

@@ -145,7 +145,13 @@ class _Planner:
         op = self.op[node]
         parameters = {graph.argument(node, position) for position in (op.weight, op.bias)}
         constant = {p for p in parameters if p is not None and p.op == "get_attr"}
-        return [n for n in node.all_input_nodes if graph.is_float(n) and n not in constant]
+        if op.kind == "norm":  # its parameters are its own business: only what flows in is quantized
+            constant |= {n for n in node.all_input_nodes if n.op == "get_attr"}
+        return [n for n in node.all_input_nodes if (graph.is_float(n) or self._is_split(n)) and n not in constant]
+
+    def _is_split(self, node: fx.Node) -> bool:
+        """Whether `node` makes the tuple of parts of one tensor, through which an encoding is carried as through any share op."""
+        return node in self.op and self.op[node].name == "split" and not graph.is_float(node)
 
     def _fused_tails(self) -> dict[fx.Node, fx.Node]:
         """Tail node -> head node, for heads that nothing else reads."""
@@ -232,7 +238,7 @@ class _Planner:
             spec=spec,
             reason=reason,
             group=graph.tensor_name(root),
-            readers=tuple("output" if r.op == "output" else graph.tensor_name(r) for r in readers),
+            readers=tuple(graph.reader_name(r) for r in readers),
             observe=not carried,
         )
 

@@ -46,6 +46,11 @@ class Prepared(nn.Module):
         """The simulation on a batch of inputs, or the float model before calibration."""
         return self.module(*inputs)
 
+    def train(self, mode: bool = True) -> Prepared:
+        """Set the flag only: the captured graph is that of inference, and computes the same in both modes."""
+        self.training = mode
+        return self
+
     def flat(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """All output tensors in the order of the emitted ONNX, without gradients."""
         with torch.no_grad():

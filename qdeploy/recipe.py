@@ -84,16 +84,16 @@ def _read(path: Path) -> Recipe:
     if not path.is_file():
         raise InputError(f"no recipe file '{path}'", action="name a TOML file or a recipe: qdeploy recipes")
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe file '{path}' is not TOML", found=str(error)) from error
+        raise InputError(f"recipe file '{path}' is not TOML", found=str(error), action="mend the file") from error
     known = ("name", "activation", "weight")
     for key in table:
         if key not in known:
             raise unknown_name(f"recipe key in '{path}':", key, known)
     name = table.get("name", path.stem)
     if not isinstance(name, str):
-        raise InputError(f"recipe file '{path}': name", found=repr(name), allowed="a string")
+        raise InputError(f"recipe file '{path}': name", found=repr(name), allowed="a string", action="put it in quotes")
     default = RECIPES["default"]
     return Recipe(
         name=name,
@@ -110,7 +110,8 @@ def _choice(table: Mapping[str, object], key: str, path: Path, default: Choice) 
     if entry is None:
         return default
     if not isinstance(entry, dict) or not isinstance(entry.get("observer"), str):
-        raise InputError(f"recipe file '{path}': [{key}]", found=repr(entry), allowed='a table with observer = "NAME" and its options')
+        allowed, action = 'a table with observer = "NAME" and its options', f"put observer and options below a line [{key}]"
+        raise InputError(f"recipe file '{path}': [{key}]", found=repr(entry), allowed=allowed, action=action)
     options = {name: value for name, value in entry.items() if name != "observer"}
     try:
         make_observer(entry["observer"], QuantSpec(signed=True, symmetric=True), options)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -22,6 +23,10 @@ from typing import Generic, TypeVar
 from qdeploy.errors import InputError, unknown_name
 
 T = TypeVar("T")
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
 class Registry(Generic[T]):
@@ -68,12 +73,14 @@ class Registry(Generic[T]):
         spec = importlib.util.spec_from_file_location(f"qdeploy_user_{path.stem}", path)
         if spec is None or spec.loader is None or not path.is_file():
             raise InputError(f"cannot import {self.kind} file '{path}'", action="name a Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their own module up
         try:
-            spec.loader.exec_module(importlib.util.module_from_spec(spec))
-        except (ImportError, SyntaxError, NameError, TypeError, ValueError, AttributeError, AssertionError) as error:
+            spec.loader.exec_module(module)
+        except Exception as error:  # the user's own code runs here and may raise anything
             for name in set(self._values) - before:
                 del self._values[name]
-            raise InputError(f"cannot import {self.kind} file '{path}'", found=f"{type(error).__name__}: {error}") from error
+            raise InputError(f"cannot import {self.kind} file '{path}'", found=_one_line(error), action="mend the file") from error
         added = sorted(set(self._values) - before)
         if len(added) != 1:
             for name in added:

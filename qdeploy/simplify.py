@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from torch import fx
+from torch import Tensor, fx
 
 from qdeploy import graph
 
 _NOTHING = ("alias", "clone", "contiguous", "detach", "dropout", "feature_dropout", "lift_fresh_copy")
+_CHECKS = ("_assert_tensor_metadata", "_assert_scalar")
+"""What the exporter leaves of a cast to the same dtype: it makes nothing, but would count as a reader."""
 _END = 2**63 - 1
 """What a slice to the end of a dimension has for its end."""
 
 
 def drop_nothing_ops(module: fx.GraphModule) -> int:
-    """Remove ops that return their input unchanged: dropout in inference, clone, a slice of everything."""
+    """Remove ops that return their input unchanged (dropout in inference, clone, a slice of everything) or nothing at all."""
     count = 0
     for node in list(module.graph.nodes):
-        if node.op == "call_function" and _is_nothing(node):
+        if node.op != "call_function":
+            continue
+        if _is_nothing(node):
             node.replace_all_uses_with(node.args[0])
-            module.graph.erase_node(node)
-            count += 1
+        elif graph.op_of(node).name not in _CHECKS:
+            continue
+        module.graph.erase_node(node)
+        count += 1
     graph.finish(module)
     return count
 
@@ -29,10 +35,10 @@ def infer_batch(module: fx.GraphModule) -> int:
     for node in list(module.graph.nodes):
         if node.op != "call_function" or str(node.target) not in ("aten.view.default", "aten.reshape.default"):
             continue
-        sizes = list(node.args[1])
-        unknown = [position for position, size in enumerate(sizes) if isinstance(size, fx.Node)]
-        if len(unknown) == 1 and -1 not in sizes:
-            sizes[unknown[0]] = -1
+        made = graph.value(node)
+        assert isinstance(made, Tensor)
+        sizes = [size if isinstance(size, int) else -1 for size in made.shape]
+        if sizes.count(-1) == 1 and any(isinstance(size, fx.Node) for size in node.args[1]):
             node.update_arg(1, sizes)
             count += 1
     graph.finish(module)

@@ -102,7 +102,8 @@ class Encoding:
         assert np.isfinite(scales).all() and (scales > 0).all(), f"{tensor}: scale is not positive and finite"
         scales.setflags(write=False)
         zeros.setflags(write=False)
-        for name, value in zip(self.__slots__, (tensor, role, spec, scales, zeros), strict=True):
+        fields = {"tensor": tensor, "role": role, "spec": spec, "scale": scales, "zero_point": zeros}
+        for name, value in fields.items():
             object.__setattr__(self, name, value)
 
     def __setattr__(self, name: str, value: object) -> None:

@@ -59,8 +59,9 @@ def avoid_ties(module: fx.GraphModule, plan: Plan, serving: dict[str, Quantizer]
     for call in calls:
         if call.args[1] in alone:
             count += _widen_output(module, call, serving[call.args[1]])
+    done: set[Quantizer] = set()
     for call in calls:
-        count += _widen_weights(module, call, serving[call.args[1]])
+        count += _widen_weights(module, call, serving[call.args[1]], done)
     return count
 
 
@@ -82,14 +83,16 @@ def _quantizer(module: fx.GraphModule, node: object) -> Quantizer | None:
     return found if isinstance(found, Quantizer) else None
 
 
-def _widen_weights(module: fx.GraphModule, call: fx.Node, output: Quantizer) -> int:
+def _widen_weights(module: fx.GraphModule, call: fx.Node, output: Quantizer, done: set[Quantizer]) -> int:
+    """Widen the weight scales of the layer whose output `call` quantizes, unless `done`: a shared weight serves its first layer."""
     layer = _origin(call)
     if layer.op != "call_function" or graph.op_of(layer).weight is None:
         return 0
     source = _quantizer(module, layer.args[0])
     weight = _quantizer(module, graph.argument(layer, graph.op_of(layer).weight))
-    if source is None or weight is None or weight.role != "weight" or source.spec.axis is not None:
+    if source is None or weight is None or weight.role != "weight" or source.spec.axis is not None or weight in done:
         return 0
+    done.add(weight)
     step = float(source.scale) / float(output.scale)
     ratios = [tie_free(float(s) * step)[0] / step for s in weight.scale]
     weight.set(torch.tensor(ratios, dtype=torch.float64), weight.zero_point)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import doctest
 import importlib
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -49,15 +48,6 @@ def squared_error(rows: torch.Tensor, of: QuantSpec, low: torch.Tensor, high: to
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors gain nothing from threads, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -276,3 +276,15 @@ def test_quiet_lets_exceptions_pass_and_restores_the_output(capfd: pytest.Captur
         raise ValueError("passes")
     os.write(2, b"heard\n")
     assert capfd.readouterr().err == "heard\n"
+
+
+def test_onnxruntime_opens_a_file_whose_weight_has_two_readers(tmp_path: Path) -> None:
+    import torch
+
+    import qdeploy
+
+    layer = torch.nn.Conv2d(3, 3, 3, padding=1)
+    twice = torch.nn.Sequential(layer, torch.nn.ReLU(), layer)
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    artifact = qdeploy.quantize(twice, [x], "openvino", tmp_path / "out", recipe="fast")
+    assert qdeploy.verify(artifact, runtime="onnxruntime").passed

@@ -128,6 +128,36 @@ def open_data(reference: str, inputs: Sequence[TensorSpec], images: ImageOptions
     return data
 
 
+def array_specs(reference: str) -> tuple[TensorSpec, ...] | None:
+    """The inputs that an .npy or .npz file fits, read off its arrays; None where `reference` is something else.
+
+    Images, uint8 `[N, H, W, C]`, become float32 `[N, C, H, W]`. Raises `InputError` for a file that is missing or damaged, and
+    for one without arrays of numbers.
+    """
+    path = Path(reference)
+    if is_reference(reference) or path.is_dir():
+        return None
+    kind = file_kind(path, "data")
+    if kind == "npy":
+        arrays = {"x": _read_npy(path)}
+    elif kind == "npz":
+        arrays = {name: array for name, array in _read_npz(path).items() if name != "labels"}
+    else:
+        return None
+    if not arrays:
+        raise InputError(f"'{reference}' has no array for an input", found="labels only", action="save the inputs beside them")
+    specs = []
+    for name, array in arrays.items():
+        if array.dtype.kind not in "fiub":
+            what = f"'{reference}' has the wrong dtype" + (f" in '{name}'" if len(arrays) > 1 else "")
+            raise InputError(what, found=array.dtype, allowed="floats, integers, bool", action="save numbers, such as float32")
+        image = array.dtype == np.uint8 and array.ndim == 4
+        shape = (array.shape[3], *array.shape[1:3]) if image else array.shape[1:]
+        dtype = "float32" if image or array.dtype.kind == "f" else array.dtype.name
+        specs.append(TensorSpec(name="x" if len(arrays) == 1 else name, shape=(None, *shape), dtype=dtype))
+    return tuple(specs)
+
+
 def _check_first(source: Source, inputs: Sequence[TensorSpec], images: ImageOptions, reference: str) -> None:
     """Check arrays, or the first sample of a Dataset, and that image options have something to work on."""
     if isinstance(source, Arrays):
@@ -174,7 +204,8 @@ def _from_arrays(arrays: dict[str, Array], inputs: Sequence[TensorSpec], referen
     missing = [name for name in names if name not in arrays]
     if missing:
         near = get_close_matches(missing[0], list(arrays), n=1)
-        found = f"the keys {', '.join(map(repr, arrays))}" if "" not in arrays else "one array"
+        keys = ", ".join(map(repr, arrays)) or "none but labels"
+        found = f"the keys {keys}" if "" not in arrays else "one array"
         allowed = ", ".join(names) + (f", or one of {', '.join(_ONE_INPUT)}" if len(inputs) == 1 else "") + ", and labels"
         action = f"rename '{near[0]}' to '{missing[0]}'" if near else "save an .npz file with np.savez and these keys"
         raise InputError(f"'{reference}' has no array for input '{missing[0]}'", found=found, allowed=allowed, action=action)

@@ -203,9 +203,13 @@ def to_array(value: Any, where: str) -> Array:
 
 def check(shape: Sequence[int], dtype: np.dtype[Any], spec: TensorSpec, options: ImageOptions, where: str) -> bool:
     """Whether an array `[B, ...]` of this shape and dtype holds 8-bit images; `InputError` if it does not fit `spec`."""
-    wanted = np.dtype(spec.dtype)
+    try:
+        wanted = np.dtype(spec.dtype)
+        kinds = {"f": "f", "i": "iu", "u": "iu", "b": "b"}[wanted.kind]
+    except (TypeError, KeyError):  # bfloat16, complex
+        found, action = f"{spec.dtype} in '{spec.name}'", "call model.float() and export it again"
+        raise InputError("the model takes numbers that data files cannot hold", found=found, action=action) from None
     images = dtype == np.uint8 and wanted.kind == "f" and len(spec.shape) == 4
-    kinds = {"f": "f", "i": "iu", "u": "iu", "b": "b"}[wanted.kind]
     if not images and dtype.kind not in kinds:
         allowed = {"f": "floats, or uint8 images [N, H, W, C]", "b": "bool"}.get(wanted.kind, "integers")
         action = f"save the array as {spec.dtype}" + (", scaled as in the model's training" if wanted.kind == "f" else "")

@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.errors import NotInstalledError
+from qdeploy.errors import NotInstalledError, unknown_name
 from qdeploy.registry import Registry
 
 Array = NDArray[np.generic]
@@ -97,3 +97,14 @@ def _flush() -> None:
 
 
 runtimes: Registry[Runtime] = Registry("runtime", "qdeploy.runtimes")
+
+
+def find_runtime(reference: str) -> tuple[Runtime, tuple[str, ...]]:
+    """The runtime `NAME` with all its variants, or `NAME:VARIANT` with that one; `OptionError` for a name that there is not."""
+    name, colon, variant = reference.partition(":")
+    runtime = runtimes[name]
+    if not colon:
+        return runtime, runtime.variants
+    if variant not in runtime.variants:
+        raise unknown_name(f"variant of runtime '{name}':", variant, runtime.variants)
+    return runtime, (variant,)

@@ -80,7 +80,7 @@ runtimes.add(
         title="Qualcomm QNN, HTP emulation",
         module="onnxruntime_qnn",
         extra="qnn",
-        min_agreement=0.99,
+        min_agreement=0.97,
         open=_open,
         max_batch=10,
     ),

@@ -21,13 +21,14 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
+from onnx import numpy_helper
 from torch import Tensor
 
 from qdeploy.artifact import Artifact, missing_names
 from qdeploy.emit import tensor_names
 from qdeploy.errors import ArtifactError, InputError
 from qdeploy.prepared import Prepared, check_tensor
-from qdeploy.runtimes import Runtime, Session, runtimes
+from qdeploy.runtimes import Runtime, Session, find_runtime, runtimes
 from qdeploy.spec import TensorSpec
 
 Array = NDArray[Any]
@@ -51,6 +52,7 @@ class Result:
     max_steps: float | None = None
     accuracy: float | None = None
     placement: dict[str, int] = field(default_factory=dict)
+    checked: bool = False
     faults: tuple[str, ...] = ()
 
     @property
@@ -105,8 +107,9 @@ class _Score:
 
     def result(self, name: str, size: int, runtime: Runtime | None, placement: dict[str, int]) -> Result:
         agreement = self.same / self.samples if self.ranked and self.samples else None
-        sqnr = math.inf if self.noise == 0 else 10 * math.log10(max(self.signal, 1e-300) / self.noise)
-        faults = []
+        finite = math.isfinite(self.noise)
+        sqnr = -math.inf if not finite else math.inf if self.noise == 0 else 10 * math.log10(max(self.signal, 1e-300) / self.noise)
+        faults = [] if finite else ["its outputs hold NaN or infinity"]
         if runtime is not None:
             # one sample may always sit on the edge between two classes
             if agreement is not None and self.samples - self.same > max(1, (1 - runtime.min_agreement) * self.samples):
@@ -120,10 +123,11 @@ class _Score:
             samples=self.samples,
             bytes=size,
             agreement=agreement,
-            sqnr=min(sqnr, 999.0),
-            max_steps=round(self.worst, 3),
+            sqnr=max(-999.0, min(sqnr, 999.0)),
+            max_steps=round(self.worst, 3) if finite else None,
             accuracy=self.right / self.labelled if self.labelled else None,
             placement=placement,
+            checked=runtime is not None,
             faults=tuple(faults),
         )
 
@@ -163,18 +167,19 @@ def verify_artifact(
     """
     chosen = _choose(artifact, runtime)
     faults = missing_names(artifact.encodings, artifact.manifest["planned"], tensor_names(onnx.load(artifact.model)))
+    faults += _number_faults(artifact)
     saved = _saved(artifact)
     steps = _steps(artifact, saved.simulated)
     references, data = _references(artifact, batches, simulation, saved)
-    rows = [row for r in chosen for row in _runtime_rows(artifact, r)]
+    rows = [_runtime_row(artifact, way, variant) for way, variant in chosen]
     if batches is not None and simulation is None:
         faults += _literal_faults(artifact, saved, steps)
     done = 0
     for inputs in data:
         count = len(inputs[0])
         part = None if labels is None else labels[done : done + count]
-        if part is not None and len(part) != count:
-            raise InputError("there are fewer labels than samples", found=len(labels or ()), action="give one label per sample")
+        if labels is not None and len(labels) < done + count:
+            raise InputError("there are fewer labels than samples", found=f"{len(labels)} labels", action="give one label per sample")
         simulated = references[-1].outputs(inputs)
         for row in (*references, *rows):
             row.add(inputs, simulated, part, steps)
@@ -189,12 +194,16 @@ def verify_artifact(
     return report
 
 
-def _choose(artifact: Artifact, names: str | Sequence[str] | None) -> list[Runtime]:
-    if names is None:
-        return [runtimes[name] for name in artifact.manifest["runtimes"] if runtimes[name].installed()]
-    chosen = [runtimes[name] for name in ((names,) if isinstance(names, str) else names)]
-    for runtime in chosen:
+def _choose(artifact: Artifact, names: str | Sequence[str] | None) -> list[tuple[Runtime, str]]:
+    """The ways to run: every variant of the named runtimes, or the named variant of `NAME:VARIANT`."""
+    own = names is None
+    chosen = []
+    for name in artifact.manifest["runtimes"] if names is None else (names,) if isinstance(names, str) else names:
+        runtime, variants = find_runtime(name)
+        if own and not runtime.installed():
+            continue
         runtime.require()
+        chosen += [(runtime, variant) for variant in variants]
     return chosen
 
 
@@ -259,6 +268,23 @@ def _arrays(batches: Iterable[Tensor | Sequence[Tensor]], artifact: Artifact) ->
         yield [tensor.detach().cpu().numpy() for tensor in tensors]
 
 
+def _number_faults(artifact: Artifact) -> list[str]:
+    """The encodings whose numbers are not those of the file that quantizes."""
+    model = onnx.load(artifact.simulation)
+    names = tensor_names(model)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = {node.name: node for node in model.graph.node}
+    faults = []
+    for encoding in artifact.encodings:
+        node = nodes.get(f"{encoding.tensor}_DequantizeLinear")
+        found = [numpy_helper.to_array(constants[name]).reshape(-1) for name in node.input[1:]] if node else []
+        wanted: tuple[Array, Array] = (encoding.scale, encoding.zero_point)
+        same = len(found) == 2 and all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+        if encoding.tensor in names and not same:
+            faults.append(f"encoding '{encoding.tensor}' has other numbers than {artifact.simulation.name}")
+    return faults
+
+
 def _literal_faults(artifact: Artifact, saved: _Saved, steps: Sequence[float]) -> list[str]:
     """What is wrong between the simulation's saved outputs and the literal run of the file, which is about to stand for it."""
     score = _Score(steps)
@@ -267,14 +293,10 @@ def _literal_faults(artifact: Artifact, saved: _Saved, steps: Sequence[float]) -
     return [f"{artifact.simulation.name} does not compute the saved simulation: {fault}" for fault in result.faults]
 
 
-def _runtime_rows(artifact: Artifact, runtime: Runtime) -> list[_Row]:
-    size = artifact.simulation.stat().st_size
-    rows = []
-    for variant in runtime.variants:
-        feed = _Feed(artifact, artifact.simulation, runtime.name, variant)
-        name = runtime.name if len(runtime.variants) == 1 else f"{runtime.name} ({variant} optimizations)"
-        rows.append(_Row(name, feed, size, runtime, feed.placement))
-    return rows
+def _runtime_row(artifact: Artifact, runtime: Runtime, variant: str) -> _Row:
+    feed = _Feed(artifact, artifact.simulation, runtime.name, variant)
+    name = runtime.name if len(runtime.variants) == 1 else f"{runtime.name}:{variant}"
+    return _Row(name, feed, artifact.simulation.stat().st_size, runtime, feed.placement)
 
 
 class _Feed:
@@ -292,12 +314,18 @@ class _Feed:
         if self.session is None:
             self.batch = self.fixed or min(self.runtime.max_batch, count)
             self.session = self.runtime.open(self.path, self.batch, self.variant)
+        if count == self.batch:
+            return self.session.run(inputs)
         pieces = []
         for start in range(0, count, self.batch):
             piece = [a[start : start + self.batch] for a in inputs]
             short = self.batch - len(piece[0])
             filled = [np.concatenate([a, np.repeat(a[-1:], short, axis=0)]) if short else a for a in piece]
-            pieces.append([o[: self.batch - short] for o in self.session.run(filled)])
+            made = self.session.run(filled)
+            if any(o.ndim == 0 or len(o) != self.batch for o in made):
+                shapes = [list(o.shape) for o in made]
+                raise ArtifactError("an output has no batch dimension, so that batches cannot be split", found=f"shapes {shapes}")
+            pieces.append([o[: self.batch - short] for o in made])
         return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
 
     def placement(self) -> dict[str, int]:

@@ -1,0 +1,215 @@
+"""Small seeded networks with calibration batches, and what qdeploy makes of them: prepared and converted once a process."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import qdeploy
+from qdeploy.artifact import Artifact
+from qdeploy.prepared import Prepared
+
+Batch = tuple[Tensor, ...]
+_OWN = tempfile.TemporaryDirectory(prefix="qdeploy-tests-")
+FOLDER = Path(_OWN.name)
+"""Where artifacts are kept; conftest.py names one folder for all processes of a test run."""
+torch.set_num_threads(1)
+
+
+class Plain(nn.Module):
+    """conv, batch norm, relu, max pool, global average pool, linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU()
+        self.pool = nn.MaxPool2d(2)
+        self.mean = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.flatten(self.mean(self.pool(self.relu(self.bn(self.conv(x))))), 1))
+
+
+class Residual(nn.Module):
+    """Two residual blocks that share one `relu`: an identity shortcut, then one that strides and pads with zero channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.stem_bn = nn.BatchNorm2d(8)
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.conv3 = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.conv4 = nn.Conv2d(12, 12, 3, padding=1)
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.stem_bn(self.stem(x)))
+        x = self.relu(x + self.conv2(self.relu(self.conv1(x))))
+        shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+        x = self.relu(self.conv4(self.relu(self.conv3(x))) + shortcut)
+        return self.fc(x.mean((2, 3)))
+
+
+class Mobile(nn.Module):
+    """Pointwise, depthwise and linear projection with ReLU6, as in MobileNetV2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand = nn.Sequential(nn.Conv2d(3, 12, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU6())
+        self.depthwise = nn.Sequential(nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.BatchNorm2d(12), nn.ReLU6())
+        self.project = nn.Conv2d(12, 6, 1)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.project(self.depthwise(self.expand(x))).mean((2, 3)))
+
+
+class Concat(nn.Module):
+    """Two branches of different range joined by a concat."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Conv2d(3, 4, 3, padding=1)
+        self.right = nn.Conv2d(3, 4, 1)
+        self.join = nn.Conv2d(8, 6, 1)
+        self.fc = nn.Linear(6 * 64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.cat([F.relu(self.left(x)), 3 * self.right(x)], 1)
+        return self.fc(F.relu(self.join(both)).flatten(1))
+
+
+class Several(nn.Module):
+    """Two inputs, a dictionary of two outputs; the first input has the name of a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.gate = nn.Linear(4, 6)
+        self.fc = nn.Linear(6, 5)
+        self.map = nn.Conv2d(6, 2, 1)
+
+    def forward(self, stem: Tensor, side: Tensor) -> dict[str, Tensor]:
+        x = F.relu(self.stem(stem)) + self.gate(side)[:, :, None, None]
+        return {"scores": self.fc(x.mean((2, 3))), "map": self.map(x)}
+
+
+class Toy(nn.Module):
+    """The network of the worked examples: conv0 and relu; x in [-1, 1], r0 in [0, 2.54], channel maxima of the weight 0.5 and 0.25."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv0 = nn.Conv2d(3, 2, 3)
+        self.r0 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.r0(self.conv0(x))
+
+
+def toy() -> tuple[Toy, list[Batch]]:
+    """The toy network and its data, with exactly those ranges (r0 to a float32 rounding)."""
+    random = torch.Generator().manual_seed(13)
+    net = Toy().eval()
+    x = torch.rand((8, 3, 8, 8), generator=random) * 2 - 1
+    x.view(-1)[:2] = torch.tensor([-1.0, 1.0])
+    with torch.no_grad():
+        net.conv0.weight.copy_(torch.rand(net.conv0.weight.shape, generator=random) - 0.5)
+        for channel, largest in enumerate((0.5, 0.25)):
+            weight = net.conv0.weight[channel]
+            weight.mul_(0.9 * largest / weight.abs().max())
+            weight[0, 0, 0], weight[0, 0, 1] = largest, -largest
+        net.conv0.bias.zero_()
+        top = net.conv0(x).amax((0, 2, 3))
+        net.conv0.bias.copy_(torch.tensor([2.54, 1.5]) - top)
+    return net, [(x,)]
+
+
+def _images(seed: int, count: int = 4, batch: int = 8) -> list[Batch]:
+    random = torch.Generator().manual_seed(seed)
+    return [(torch.randn((batch, 3, 8, 8), generator=random),) for _ in range(count)]
+
+
+def _pairs(seed: int, count: int = 4, batch: int = 8) -> list[Batch]:
+    random = torch.Generator().manual_seed(seed)
+    return [(images, torch.randn((batch, 4), generator=random)) for (images,) in _images(seed, count, batch)]
+
+
+def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    """A network whose weights, running statistics and spread of outputs are no defaults."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        net = make()
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor, low, high in ((module.weight, 0.5, 1.5), (module.bias, -0.5, 0.5)):
+                    nn.init.uniform_(tensor, low, high)
+                module.running_mean.uniform_(-0.5, 0.5)
+                module.running_var.uniform_(0.5, 2)
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight)
+    return net.eval()
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "plain": Plain,
+    "residual": Residual,
+    "mobile": Mobile,
+    "concat": Concat,
+    "several": Several,
+}
+
+
+def network(name: str) -> nn.Module:
+    """A fresh copy of a network, always with the same weights, in eval mode."""
+    return _seeded(NETWORKS[name])
+
+
+def batches(name: str, seed: int = 1, count: int = 4, batch: int = 8) -> list[Batch]:
+    """Calibration batches for a network."""
+    return (_pairs if name == "several" else _images)(seed, count, batch)
+
+
+def calibrated(name: str, backend: str, **options: object) -> Prepared:
+    """A network prepared for a backend and calibrated; a fresh one, which the caller may change."""
+    data = batches(name)
+    return qdeploy.calibrate(qdeploy.prepare(network(name), data[0], backend, **options), data)
+
+
+@cache
+def prepared(name: str, backend: str) -> Prepared:
+    """A calibrated network, made once a process: not to be changed."""
+    return calibrated(name, backend)
+
+
+@cache
+def artifact_path(name: str, backend: str) -> Path:
+    """Its artifact, written once a test run: not to be changed."""
+    path = FOLDER / f"{name}-{backend}"
+    descriptor = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return path if path.exists() else qdeploy.convert(prepared(name, backend), path).path
+    finally:
+        os.close(descriptor)
+
+
+def artifact(name: str, backend: str) -> Artifact:
+    """The artifact, opened anew."""
+    return Artifact.open(artifact_path(name, backend))
+
+
+def flat(outputs: object) -> Sequence[Tensor]:
+    """All tensors of a model's output, in order."""
+    return torch.utils._pytree.tree_leaves(outputs)

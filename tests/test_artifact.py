@@ -1,0 +1,229 @@
+"""The artifact folder: whole or not at all, read back bit for bit, the same bytes from the same inputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import networks
+import numpy as np
+import pytest
+import torch
+
+from qdeploy import artifact as artifacts
+from qdeploy.artifact import MANIFEST, REFERENCE, Artifact, check_free, npz, render, sha256, staged, write
+from qdeploy.backend import backends
+from qdeploy.errors import ArtifactError, InputError
+
+FILES = {"model.onnx": b"some bytes", "reference.npz": b"others"}
+CHECKOUT = Path(__file__).parent.parent
+
+
+def listing(folder: Path) -> list[str]:
+    """Everything below `folder`, hidden files too."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def put(out: Path, word: str = "first") -> Artifact:
+    return write(out, FILES, {"schema": artifacts.SCHEMA, "word": word})
+
+
+def copy_of(name: str, backend: str, place: Path) -> Path:
+    return Path(shutil.copytree(networks.artifact_path(name, backend), place))
+
+
+def test_an_artifact_is_written_with_the_hashes_of_its_files_and_nothing_beside_it(tmp_path: Path) -> None:
+    made = put(tmp_path / "deep" / "out")
+    assert listing(tmp_path) == ["deep", "deep/out", *(f"deep/out/{name}" for name in sorted([*FILES, MANIFEST]))]
+    assert made.manifest["files"] == {name: sha256(data) for name, data in FILES.items()}
+    assert Artifact.open(tmp_path / "deep" / "out").manifest == made.manifest
+
+
+def test_a_new_artifact_replaces_an_older_one(tmp_path: Path) -> None:
+    put(tmp_path / "out")
+    put(tmp_path / "out", "second")
+    assert Artifact.open(tmp_path / "out").manifest["word"] == "second"
+    assert listing(tmp_path) == ["out", *(f"out/{name}" for name in sorted([*FILES, MANIFEST]))]
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert put(tmp_path / "out").path.is_dir()
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("error", [OSError("the disk is full"), KeyboardInterrupt()])
+def test_a_failure_while_writing_leaves_what_was_there(older: bool, error: BaseException, tmp_path: Path) -> None:
+    if older:
+        put(tmp_path / "out")
+    before = listing(tmp_path)
+    with pytest.raises(type(error)), staged(tmp_path / "out") as fresh:  # noqa: PT012
+        fresh.mkdir()
+        (fresh / "model.onnx").write_bytes(b"half of")
+        raise error
+    assert listing(tmp_path) == before
+    assert not older or Artifact.open(tmp_path / "out").manifest["word"] == "first"
+
+
+def test_a_failure_of_the_last_rename_brings_the_older_artifact_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path / "out")
+    rename: Callable[[Path, Path], Path] = Path.rename
+
+    def failing(source: Path, target: Path) -> Path:
+        if target == tmp_path / "out" and source.name == "out":
+            raise OSError("no more of this")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no more of this"):
+        put(tmp_path / "out", "second")
+    monkeypatch.undo()
+    assert Artifact.open(tmp_path / "out").manifest["word"] == "first"
+    assert [name for name in listing(tmp_path) if "/" not in name] == ["out"]
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_killed_process_leaves_no_half_artifact(older: bool, tmp_path: Path) -> None:
+    if older:
+        put(tmp_path / "out")
+    code = f"""
+import os, signal
+from pathlib import Path
+from qdeploy import artifact
+with artifact.staged(Path({str(tmp_path / "out")!r})) as fresh:
+    fresh.mkdir()
+    (fresh / "model.onnx").write_bytes(b"half of")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=CHECKOUT).returncode == -9
+    assert (tmp_path / "out").exists() == older
+    assert not older or Artifact.open(tmp_path / "out").manifest["word"] == "first"
+    assert put(tmp_path / "out", "second").manifest["word"] == "second"
+
+
+def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(InputError, match=r"cannot write to .*; found: a folder with other files; to do: name a new folder"):
+        put(tmp_path)
+    assert listing(tmp_path) == ["thesis.tex"]
+
+
+def test_a_file_in_the_way_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("precious")
+    with pytest.raises(InputError, match="found: a file"):
+        put(tmp_path / "out")
+    with pytest.raises(InputError, match=r"found: '.*out' is not a writable folder"):
+        put(tmp_path / "out" / "inner")
+    assert (tmp_path / "out").read_text() == "precious"
+
+
+def test_a_parent_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a superuser may write anywhere, so the permission itself is played
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(InputError, match="is not a writable folder"):
+        check_free(tmp_path / "new" / "out")
+
+
+def test_opening_tells_a_folder_without_a_manifest_from_none(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"is no artifact; to do: name a folder with qdeploy\.json"):
+        Artifact.open(tmp_path)
+    with pytest.raises(ArtifactError, match="does not exist"):
+        Artifact.open(tmp_path / "none")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema": 1}', '{"files": {}}', '{"schema": 1, "files": 3}', "\x00\x01"])
+def test_a_broken_manifest_is_named(text: str, tmp_path: Path) -> None:
+    (put(tmp_path / "out").path / MANIFEST).write_text(text)
+    with pytest.raises(ArtifactError, match=r"qdeploy\.json' is no manifest; found: .*; to do: quantize the model again"):
+        Artifact.open(tmp_path / "out")
+
+
+def test_a_manifest_of_another_schema_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "out", FILES, {"schema": artifacts.SCHEMA + 1})
+    with pytest.raises(ArtifactError, match="has another schema; found: 2; allowed: 1"):
+        Artifact.open(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_and_a_changed_file_are_named(name: str, tmp_path: Path) -> None:
+    file = put(tmp_path / "out").path / name
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(ArtifactError, match=f"{name}' was changed after it was written"):
+        Artifact.open(tmp_path / "out")
+    file.unlink()
+    with pytest.raises(ArtifactError, match=f"{name}' is missing"):
+        Artifact.open(tmp_path / "out")
+
+
+@pytest.mark.parametrize("backend", backends.names())
+def test_encodings_survive_the_manifest_bit_for_bit(backend: str) -> None:
+    made, read = networks.prepared("several", backend).encodings(), networks.artifact("several", backend).encodings
+    assert [(e.tensor, e.role, e.spec) for e in read] == [(e.tensor, e.role, e.spec) for e in made]
+    for ours, theirs in zip(made, read, strict=True):
+        assert ours.scale.tobytes() == theirs.scale.tobytes() and theirs.scale.dtype == np.float32
+        assert ours.zero_point.tobytes() == theirs.zero_point.tobytes()
+
+
+def test_the_manifest_is_json_of_one_line_an_encoding() -> None:
+    manifest = networks.artifact("plain", "snpe").manifest
+    assert json.loads(render(manifest)) == manifest
+    assert sum('"tensor": ' in line for line in render(manifest).splitlines()) == len(manifest["encodings"])
+
+
+@pytest.mark.parametrize("backend", ["snpe", "onnxruntime"])
+def test_the_reference_holds_inputs_and_both_outputs_and_a_rerun_makes_the_same(backend: str) -> None:
+    artifact, prepared = networks.artifact("several", backend), networks.prepared("several", backend)
+    saved = artifact.reference()
+    assert set(saved) == {
+        "input.stem",
+        "input.side",
+        *(f"{kind}.{name}" for kind in ("float", "simulated") for name in artifact.outputs),
+    }
+    inputs = [torch.from_numpy(saved[f"input.{name}"]) for name in ("stem", "side")]
+    for given, kept in zip(zip(*networks.batches("several"), strict=True), inputs, strict=True):
+        assert torch.equal(torch.cat(given)[: len(kept)], kept)
+    for kind in ("float", "quantize"):
+        with prepared.mode(kind):  # type: ignore[arg-type]
+            outputs = prepared.flat(inputs)
+        for name, output in zip(artifact.outputs, outputs, strict=True):
+            np.testing.assert_array_equal(saved[f"{'simulated' if kind == 'quantize' else kind}.{name}"], output)
+
+
+def test_arrays_are_saved_with_their_shapes_and_the_same_bytes(tmp_path: Path) -> None:
+    arrays = {"scalar": np.array(1.5), "turned": np.arange(6, dtype=np.float32).reshape(2, 3).T}
+    (tmp_path / REFERENCE).write_bytes(npz(arrays))
+    assert npz(arrays) == npz(arrays)
+    read = Artifact(tmp_path, {}).reference()
+    assert {name: value.shape for name, value in read.items()} == {"scalar": (), "turned": (3, 2)}
+    np.testing.assert_array_equal(read["turned"], arrays["turned"])
+
+
+def test_recording_a_result_changes_the_manifest_only(tmp_path: Path) -> None:
+    artifact = Artifact.open(copy_of("plain", "snpe", tmp_path / "out"))
+    artifact.record("verify", {"passed": True})
+    read = Artifact.open(tmp_path / "out")
+    assert read.manifest["verify"] == {"passed": True}
+    assert listing(tmp_path / "out") == listing(networks.artifact_path("plain", "snpe"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["snpe", "onnxruntime"])
+def test_two_processes_write_the_same_bytes(backend: str, tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import networks, qdeploy
+qdeploy.quantize(networks.network("plain"), networks.batches("plain"), backend={backend!r}, out=sys.argv[1])
+"""
+    for number, name in enumerate(("first", "second")):
+        environment = os.environ | {"PYTHONHASHSEED": str(number)}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=True, cwd=CHECKOUT, env=environment)
+    names = listing(tmp_path / "first")
+    assert names == listing(tmp_path / "second") and MANIFEST in names
+    for name in names:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name

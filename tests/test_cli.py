@@ -1,0 +1,380 @@
+"""The command line: what each command prints and writes, where, and with which exit status."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import pty
+import select
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import textwrap
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from qdeploy import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLES = ROOT / "samples"
+MODEL, CALIBRATION, TEST = (str(SAMPLES / name) for name in ("digits.pt2", "digits_calibration.npz", "digits_test.npz"))
+QUICK = ["--recipe", "fast", "--samples", "64", "--runtime", "onnxruntime:none"]
+PROGRAM = [sys.executable, "-c", "from qdeploy.cli import main; main()"]
+FILES = {"model.onnx", "model.encodings", "model.sim.onnx", "reference.npz", "qdeploy.json"}
+
+ZOO = """
+    import numpy as np
+    import torch
+    from torch import nn
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 4, 3)
+            self.fc = nn.Linear(144, 10)
+        def forward(self, x):
+            return self.fc(torch.relu(self.conv(x)).flatten(1))
+
+    class Four(Net):
+        def forward(self, x):
+            return self.fc(torch.relu(self.conv(x)).reshape(4, 144))
+
+    def make():
+        print("what the user's own code prints")
+        torch.manual_seed(0)
+        return Net()
+
+    def four(): return torch.export.export(Four().eval(), (torch.zeros(4, 1, 8, 8),))
+    def one(): return torch.export.export(Net().eval(), (torch.zeros(1, 1, 8, 8),))
+    def images(): return np.random.default_rng(0).random((10, 1, 8, 8), np.float32)
+    def endless():
+        import itertools, time
+        class Slow:
+            def __len__(self): return 100000
+            def __getitem__(self, index):
+                if index > 32:
+                    print("calibrating", flush=True)
+                time.sleep(0.001)
+                return torch.zeros(1, 8, 8)
+        return Slow()
+"""
+
+MY_NPU = """
+    from dataclasses import replace
+
+    from qdeploy.backend import backends, register
+
+    MINE = register(replace(backends["onnxruntime"], name="my_npu", title="My own NPU", command="my-compiler {out}/model.onnx"))
+"""
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the user's own files."""
+    folder = tmp_path_factory.mktemp("zoo")
+    (folder / "zoo.py").write_text(textwrap.dedent(ZOO))
+    (folder / "my_npu.py").write_text(textwrap.dedent(MY_NPU))
+    (folder / "mine.toml").write_text('name = "mine"\n[activation]\nobserver = "percentile"\npercentile = 99.5\n')
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _same_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def run(*arguments: object) -> int:
+    """The exit status of the command line, in this process."""
+    before = sys.argv
+    sys.argv = ["qdeploy", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def quantize(out: Path, *arguments: object, model: str = MODEL, data: object = CALIBRATION, backend: object = "snpe") -> int:
+    return run("quantize", model, "--backend", backend, "--data", data, "--out", out, *QUICK, *arguments)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample, quantized; read only."""
+    out = tmp_path_factory.mktemp("artifact") / "out"
+    assert quantize(out, "--quiet") == 0
+    return out
+
+
+def test_help_is_fast_and_imports_no_torch() -> None:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([*PROGRAM, "--help"], capture_output=True, text=True, timeout=30)
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0 and "quantize" in done.stdout, done.stderr
+    assert statistics.median(times) < 0.5, times
+    code = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); from qdeploy.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, timeout=30)
+    assert done.stdout.endswith("False\n")
+
+
+@pytest.mark.parametrize("command", ["quantize", "verify", "inspect", "backends", "recipes", "runtimes"])
+def test_help_of_every_command(command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(command, "--help") == 0
+    out, err = capfd.readouterr()
+    assert f"qdeploy {command}" in out and "--json" in out
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "keys"),
+    [
+        ("backends", "snpe", {"hardware", "weights", "activations", "weight_bits", "formats", "runtimes", "command"}),
+        ("recipes", "percentile", {"summary", "activation", "weight"}),
+        ("runtimes", "onnxruntime", {"title", "variants", "installed", "install"}),
+    ],
+)
+def test_lists(command: str, name: str, keys: set[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(command, "--json") == 0
+    rows = json.loads(capfd.readouterr().out)
+    names = [row["name"] for row in rows]
+    assert name in names and len(names) > 3
+    assert run(command, name, "--json") == 0
+    (one,) = json.loads(capfd.readouterr().out)
+    assert one == rows[names.index(name)] and keys <= one.keys()
+    assert run(command) == 0
+    table = capfd.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table] == ["name", *names]
+    assert run(command, name) == 0
+    assert capfd.readouterr().out.startswith("name ")
+
+
+def test_quantize_prints_the_table_and_the_next_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert quantize(out, "--verify-data", TEST, "--runtime", "onnxruntime:all") == 0
+    shown, err = capfd.readouterr()
+    assert err == ""  # no progress bar where nobody looks
+    lines = shown.splitlines()
+    header = next(i for i, line in enumerate(lines) if "accuracy" in line)
+    assert lines[header].split() == ["accuracy", "top-1", "agreement", "SQNR", "dB", "max", "steps", "nodes", "size", "check"]
+    rows = {line.split()[0]: line for line in lines[header + 1 : header + 5]}
+    assert list(rows) == ["float", "simulated", "onnxruntime:none", "onnxruntime:all"]
+    assert "exact" in rows["simulated"] and rows["onnxruntime:none"].rstrip().endswith("passed")
+    accuracy = float(rows["simulated"].split()[1].rstrip("%"))
+    assert accuracy > 97
+    assert "450 samples" in shown
+    assert lines[-1] == f"next: qairt-converter --input_network {out}/model.onnx --quantization_overrides {out}/model.encodings"
+    assert {path.name for path in out.iterdir()} == FILES
+    assert all(name in shown for name in FILES)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    manifest = json.loads((out / "qdeploy.json").read_text())
+    assert (manifest["backend"], manifest["calibration_samples"], manifest["verify"]["passed"]) == ("snpe", 64, True)
+
+
+def test_json_is_one_document(zoo: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    # over an artifact that is there already
+    for backend in ("snpe", "onnxruntime"):
+        assert quantize(out, "--json", model=f"{zoo}/zoo.py:make", data=f"{zoo}/zoo.py:images", backend=backend) == 2
+        assert "--input-shape" in capfd.readouterr().err
+        given = ["--json", "--input-shape", "1,1,8,8"]
+        assert quantize(out, *given, model=f"{zoo}/zoo.py:make", data=f"{zoo}/zoo.py:images", backend=backend) == 0
+        shown, err = capfd.readouterr()
+        document = json.loads(shown)
+        assert err == "what the user's own code prints\n"
+        assert document["verify"]["passed"] and document["out"] == str(out) and document["backend"] == backend
+        assert str(out) in document["command"]
+    assert {path.name for path in out.iterdir()} == {"model.onnx", "reference.npz", "qdeploy.json"}
+    assert run("verify", out, "--runtime", "onnxruntime:none", "--json") == 0
+    assert json.loads(capfd.readouterr().out)["passed"] is True
+
+
+def test_quiet_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert quantize(tmp_path / "out", "--quiet") == 0
+    assert capfd.readouterr() == ("", "")
+    assert run("verify", tmp_path / "out", "--quiet", "--runtime", "onnxruntime:none") == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_verify_with_and_without_data(artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = Path(shutil.copytree(artifact, tmp_path / "out"))
+    assert run("verify", out, "--runtime", "onnxruntime") == 0
+    shown = capfd.readouterr().out
+    assert "64 samples" in shown and "onnxruntime:all" in shown and "onnxruntime:none" in shown and "%" in shown
+    assert run("verify", out, "--data", TEST, "--runtime", "onnxruntime:none", "--json") == 0
+    own = json.loads(capfd.readouterr().out)
+    assert own["results"][0]["samples"] == 450 and own["results"][-1]["accuracy"] > 0.97
+    stored = np.load(TEST)
+    (tmp_path / "labels.txt").write_text("\n".join(map(str, (stored["labels"] + 1) % 10)))
+    np.save(tmp_path / "images.npy", stored["images"])
+    given = ["--data", tmp_path / "images.npy", "--labels", tmp_path / "labels.txt", "--runtime", "onnxruntime:none", "--json"]
+    assert run("verify", out, *given) == 0
+    assert json.loads(capfd.readouterr().out)["results"][-1]["accuracy"] < 0.1  # every label is wrong
+    assert json.loads((out / "qdeploy.json").read_text())["verify"]["results"][-1]["accuracy"] < 0.1
+
+
+def test_failed_checks_are_exit_status_1(artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = Path(shutil.copytree(artifact, tmp_path / "out"))
+    model = onnx.load(out / "model.sim.onnx")
+    scales = {node.input[1] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    changed = 0
+    for tensor in model.graph.initializer:
+        value = onnx.numpy_helper.to_array(tensor)
+        if tensor.name in scales and value.dtype == np.float32:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(value * (3 if changed % 2 else 0.2), np.float32), tensor.name))
+            changed += 1
+    assert changed
+    onnx.save(model, out / "model.sim.onnx")
+    manifest = json.loads((out / "qdeploy.json").read_text())
+    manifest["files"]["model.sim.onnx"] = hashlib.sha256((out / "model.sim.onnx").read_bytes()).hexdigest()
+    (out / "qdeploy.json").write_text(json.dumps(manifest))
+    assert run("verify", out, "--runtime", "onnxruntime:none") == 1
+    shown, err = capfd.readouterr()
+    assert "SQNR" in shown and "is below 20 dB" in " ".join(shown.split()) and err == ""
+    assert run("verify", out, "--runtime", "onnxruntime:none", "--json", "--data", TEST) == 1
+    report = json.loads(capfd.readouterr().out)
+    assert report["passed"] is False and report["faults"]
+    assert run("verify", out, "--runtime", "onnxruntime:none", "--quiet") == 1
+    assert capfd.readouterr() == ("", "")
+
+
+def test_inspect_gives_a_reason_for_every_tensor(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", MODEL, "--backend", "snpe", "--json") == 0
+    document = json.loads(capfd.readouterr().out)
+    assert document["backend"] == "snpe" and len(document["tensors"]) > 10
+    assert all(all(tensor[key] for key in ("tensor", "role", "op", "scheme", "reason")) for tensor in document["tensors"])
+    assert run("inspect", MODEL, "--backend", "snpe") == 0
+    shown = capfd.readouterr().out
+    assert all(f"{tensor['tensor']} " in shown and tensor["reason"] in shown for tensor in document["tensors"])
+
+
+def test_a_backend_file_and_a_recipe_file_of_the_users_own(zoo: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert quantize(out, "--recipe", zoo / "mine.toml", backend=zoo / "my_npu.py") == 0
+    assert capfd.readouterr().out.endswith(f"next: my-compiler {out}/model.onnx\n")
+    manifest = json.loads((out / "qdeploy.json").read_text())
+    assert (manifest["backend"], manifest["recipe"]["name"]) == ("my_npu", "mine")
+    assert manifest["recipe"]["activation"] == {"observer": "percentile", "options": {"percentile": 99.5}}
+    assert run("verify", out, "--quiet", "--runtime", "onnxruntime:none") == 0  # without the file
+
+
+def test_format(artifact: Path, tmp_path: Path) -> None:
+    assert quantize(tmp_path / "out", "--quiet", "--format", "0.6.1") == 0
+    old, new = (json.loads((out / "model.encodings").read_text()) for out in (tmp_path / "out", artifact))
+    assert (old["version"], new["version"]) == ("0.6.1", "1.0.0")
+    manifest = json.loads((tmp_path / "out" / "qdeploy.json").read_text())
+    assert manifest["format"] == "0.6.1"
+
+
+def _images(folder: Path) -> Path:
+    from PIL import Image
+
+    for name in "ab":
+        (folder / "photos" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (16, 12), (20 * i, 99, 7)).save(folder / "photos" / name / f"{i}.png")
+    return folder / "photos"
+
+
+@pytest.mark.parametrize("case", ["npz", "images", "callable", "state dict", "pickle"])
+def test_models_and_data_of_every_kind(case: str, zoo: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from qdeploy.files.model import load_model
+
+    model, data, more = f"{zoo}/zoo.py:make", f"{zoo}/zoo.py:images", ["--input-shape", "1,1,8,8"]
+    if case == "npz":
+        rng = np.random.default_rng(0)
+        np.savez(tmp_path / "d.npz", x=rng.random((10, 1, 8, 8), np.float32), labels=np.arange(10))
+        data, more = str(tmp_path / "d.npz"), ["--verify-data", str(tmp_path / "d.npz")]
+    elif case == "images":
+        data = str(_images(tmp_path))
+        more += ["--mean", "0.5", "--std", "0.25", "--resize", "8x8", "--verify-data", data]
+    elif case == "state dict":
+        torch.save(load_model(model).state_dict(), tmp_path / "w.pt")  # type: ignore[union-attr]
+        model, more = str(tmp_path / "w.pt"), [*more, "--arch", model]
+    elif case == "pickle":
+        torch.save(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3)), tmp_path / "m.pt")
+        model, more = str(tmp_path / "m.pt"), [*more, "--allow-pickle"]
+    capfd.readouterr()
+    assert quantize(tmp_path / "out", "--json", *more, model=model, data=data, backend="onnxruntime") == 0
+    report = json.loads(capfd.readouterr().out)["verify"]
+    assert report["passed"] and report["results"][0]["samples"] == 10
+    assert (report["results"][0]["accuracy"] is None) == (case not in ("npz", "images"))
+
+
+@pytest.mark.parametrize(("name", "samples"), [("four", 8), ("one", 10)])
+def test_program_with_a_fixed_batch(name: str, samples: int, zoo: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    images = np.random.default_rng(0).random((10, 1, 8, 8), np.float32)
+    np.savez(tmp_path / "d.npz", images=images, labels=np.arange(10))
+    data = tmp_path / "d.npz"
+    given = ["--json", "--verify-data", data]
+    assert quantize(tmp_path / "out", *given, model=f"{zoo}/zoo.py:{name}", data=data, backend="onnxruntime") == 0
+    report = json.loads(capfd.readouterr().out)["verify"]
+    assert report["passed"] and report["results"][0]["samples"] == samples
+    assert run("verify", tmp_path / "out", "--data", data, "--runtime", "onnxruntime:none", "--json") == 0
+    report = json.loads(capfd.readouterr().out)
+    assert report["passed"] and report["results"][0]["samples"] == samples
+
+
+def test_progress_on_a_terminal_only(artifact: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(artifact, tmp_path / "out"))
+    command = [*PROGRAM, "verify", str(out), "--data", TEST, "--runtime", "onnxruntime:none"]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=os.environ | {"TERM": "xterm", "COLUMNS": "120"})
+    os.close(theirs)
+    seen = b""
+    with suppress(OSError):  # how Linux says that the other side is closed
+        while select.select([ours], [], [], 60)[0] and (part := os.read(ours, 4096)):
+            seen += part
+    os.close(ours)
+    assert process.stdout is not None
+    shown = process.stdout.read()
+    assert process.wait(60) == 0
+    assert b"verify" in seen and b"450/450" in seen
+    assert b"450/450" not in shown and b"\x1b" not in shown
+
+
+@pytest.mark.parametrize("moment", ["calibration", "verification"])
+def test_interrupt_leaves_nothing(moment: str, zoo: Path, tmp_path: Path) -> None:
+    slow = f"{zoo}/zoo.py:endless"
+    command = [*PROGRAM, "quantize", MODEL, "--backend", "onnxruntime", *QUICK, "--samples", "100000", "--out", str(tmp_path / "out")]
+    command += ["--data", slow] if moment == "calibration" else ["--data", CALIBRATION, "--verify-data", slow]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    for line in process.stdout:
+        if "calibrating" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    shown, err = process.communicate(timeout=60)
+    assert process.returncode in (1, 130)
+    assert "Traceback" not in err and "Traceback" not in shown
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_full_disk_is_one_message(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def write_bytes(self: Path, data: Any) -> int:
+        raise OSError(number, os.strerror(number), str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    assert quantize(tmp_path / "out", "--json") == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {os.strerror(number)}: '{tmp_path}/") and err.count("\n") == 1
+    assert "; to do: " in err
+    assert not list(tmp_path.iterdir())

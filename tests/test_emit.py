@@ -1,0 +1,263 @@
+"""The emitted ONNX: every backend, every network; the float view, the stored codes, the names, and the numbers of a literal run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import networks
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import qdeploy
+from qdeploy import emit
+from qdeploy.artifact import Artifact
+from qdeploy.backend import backends
+from qdeploy.spec import Encoding
+
+MATRIX = [(network, backend) for network in networks.NETWORKS for backend in backends.names()]
+everywhere = pytest.mark.parametrize(("network", "backend"), MATRIX)
+INTEGERS = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16, TensorProto.INT32}
+
+
+def literal(model: onnx.ModelProto | Path, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """All outputs, node by node as the file says."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"]).run(None, inputs)
+
+
+def feed(artifact: Artifact, inputs: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
+    return {spec["name"]: tensor.numpy() for spec, tensor in zip(artifact.inputs, inputs, strict=True)}
+
+
+def files(artifact: Artifact) -> list[Path]:
+    return sorted({artifact.model, artifact.simulation})
+
+
+def constants(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def makers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    return {name: node for node in model.graph.node for name in node.output}
+
+
+def qdq_of(model: onnx.ModelProto, encoding: Encoding) -> list[onnx.NodeProto]:
+    """The nodes that quantize and dequantize one encoded tensor, found by what the node of that name reads and makes."""
+    return [node for node in model.graph.node if node.name in {f"{encoding.tensor}_{op}Linear" for op in ("Quantize", "Dequantize")}]
+
+
+@everywhere
+def test_every_file_passes_the_checker_at_the_opset_of_the_backend(network: str, backend: str) -> None:
+    for path in files(networks.artifact(network, backend)):
+        model = onnx.load(path)
+        onnx.checker.check_model(model, full_check=True)
+        assert {entry.domain: entry.version for entry in model.opset_import} == {"": backends[backend].opset}
+        assert not model.functions
+
+
+@everywhere
+def test_node_names_are_unique_and_every_tensor_is_made_once(network: str, backend: str) -> None:
+    for path in files(networks.artifact(network, backend)):
+        graph = onnx.load(path).graph
+        nodes = [node.name for node in graph.node]
+        assert all(nodes) and len(set(nodes)) == len(nodes)
+        made = [*(v.name for v in graph.input), *(t.name for t in graph.initializer), *(o for node in graph.node for o in node.output)]
+        assert len(set(made)) == len(made)
+
+
+@pytest.mark.parametrize(("network", "backend"), [(n, b) for n, b in MATRIX if backends[b].emits == "float" or n == "residual"])
+def test_the_float_view_computes_the_float_model_at_any_batch(network: str, backend: str) -> None:
+    artifact, target = networks.artifact(network, backend), backends[backend]
+    model = onnx.load(artifact.model) if target.emits == "float" else plain(network, backend)
+    for batch in (1, 5):
+        (inputs, *_) = networks.batches(network, seed=9, batch=batch)
+        expected = networks.flat(networks.network(network)(*inputs))
+        for value, wanted in zip(literal(model, feed(artifact, inputs)), expected, strict=True):
+            # a bias that stays float is moved to a multiple of its accumulator's step
+            np.testing.assert_allclose(value, wanted.detach(), rtol=1e-5, atol=1e-5 if target.bias == "int32" else 2e-3)
+
+
+def plain(network: str, backend: str) -> onnx.ModelProto:
+    return onnx.load_from_string(emit.to_bytes(emit.float_view(emit.export(networks.prepared(network, backend)))))
+
+
+@everywhere
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_literal_run_makes_the_codes_of_the_torch_simulation(network: str, backend: str, batch: int) -> None:
+    artifact = networks.artifact(network, backend)
+    saved = {name: array[:batch] for name, array in artifact.reference().items()}
+    encoded = {encoding.tensor for encoding in artifact.encodings}
+    made = literal(artifact.simulation, {spec["name"]: saved[f"input.{spec['name']}"] for spec in artifact.inputs})
+    for name, value in zip(artifact.outputs, made, strict=True):
+        wanted = saved[f"simulated.{name}"]
+        assert value.shape[0] == batch
+        if name in encoded:
+            np.testing.assert_array_equal(value, wanted)
+        else:  # computed in float from equal codes
+            np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-5 * float(np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("backend", backends.names())
+def test_the_reference_evaluator_of_onnx_agrees_as_well(backend: str) -> None:
+    artifact, (inputs, *_) = networks.artifact("several", backend), networks.batches("several", seed=9, batch=3)
+    made = ReferenceEvaluator(onnx.load(artifact.simulation)).run(None, feed(artifact, inputs))
+    for value, wanted in zip(made, networks.prepared("several", backend).flat(inputs), strict=True):
+        np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+@everywhere
+def test_every_encoding_names_a_tensor_and_its_numbers_stand_in_the_file(network: str, backend: str) -> None:
+    artifact = networks.artifact(network, backend)
+    model = onnx.load(artifact.simulation)
+    stored = constants(model)
+    assert [encoding.tensor for encoding in artifact.encodings] == artifact.manifest["planned"]
+    assert {e.tensor for e in artifact.encodings} <= emit.tensor_names(onnx.load(artifact.model))
+    for encoding in artifact.encodings:
+        nodes = qdq_of(model, encoding)
+        kinds = ["QuantizeLinear", "DequantizeLinear"] if encoding.role == "activation" else ["DequantizeLinear"]
+        assert [node.op_type for node in nodes] == kinds
+        for node in nodes:
+            scale, zero = stored[node.input[1]], stored[node.input[2]]
+            np.testing.assert_array_equal(scale.reshape(-1), encoding.scale)
+            np.testing.assert_array_equal(zero.reshape(-1), encoding.zero_point)
+            axes = [a.i for a in node.attribute if a.name == "axis"]
+            assert axes == ([] if encoding.spec.axis is None else [encoding.spec.axis])
+            assert scale.ndim == len(axes)
+
+
+@everywhere
+def test_encoded_parameters_are_stored_as_integers_only(network: str, backend: str) -> None:
+    artifact, net = networks.artifact(network, backend), networks.network(network)
+    model = onnx.load(artifact.simulation)
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    stored, made = constants(model), makers(model)
+    shapes = {tuple(p.shape) for p in net.parameters() if p.dim() > 1}
+    assert not [name for name, value in stored.items() if value.shape in shapes and value.dtype.kind == "f"]
+    for encoding in artifact.encodings:
+        if encoding.role == "activation":
+            continue
+        (node,) = qdq_of(model, encoding)
+        assert types[node.input[0]] in INTEGERS and node.output[0] == encoding.tensor and node.input[0] not in made
+        codes = stored[node.input[0]].astype(np.int64)
+        assert codes.min() >= encoding.spec.qmin and codes.max() <= encoding.spec.qmax
+
+
+@everywhere
+def test_biases_are_int32_at_the_accumulators_step_where_the_backend_says_so(network: str, backend: str) -> None:
+    artifact = networks.artifact(network, backend)
+    model = onnx.load(artifact.simulation)
+    stored, made = constants(model), makers(model)
+    scale = {encoding.tensor: encoding.scale.astype(np.float64) for encoding in artifact.encodings}
+    layers = [n for n in model.graph.node if n.op_type in ("Conv", "Gemm") and len(n.input) > 2 and n.input[2]]
+    assert layers
+    for layer in layers:
+        data, weight, bias = layer.input
+        if backends[backend].bias == "float":
+            assert stored[bias].dtype == np.float32
+            continue
+        assert made[bias].op_type == "DequantizeLinear" and stored[made[bias].input[0]].dtype == np.int32
+        assert data.endswith("_dequantized")
+        expected = scale[data.removesuffix("_dequantized")] * scale[weight]
+        np.testing.assert_allclose(scale[bias], np.broadcast_to(expected, scale[bias].shape), rtol=1e-7)
+
+
+@everywhere
+def test_input_and_output_names_are_those_of_the_manifest_in_both_files(network: str, backend: str) -> None:
+    artifact = networks.artifact(network, backend)
+    for path in files(artifact):
+        graph = onnx.load(path).graph
+        assert [value.name for value in graph.input] == [spec["name"] for spec in artifact.inputs]
+        assert [value.name for value in graph.output] == artifact.outputs
+        assert all(value.type.tensor_type.shape.dim[0].dim_param == "batch" for value in graph.input)
+
+
+@everywhere
+def test_nothing_tells_where_the_files_were_made(network: str, backend: str) -> None:
+    here = Path(qdeploy.__file__).parent.parent
+    secrets = [str(here), str(Path.home()) + "/", "site-packages", ".py", "Traceback", "torch.nn"]
+    for path in networks.artifact(network, backend).path.iterdir():
+        data = path.read_bytes()
+        assert not [word for word in secrets if word.encode() in data], path.name
+
+
+class ReusedRelu(nn.Module):
+    """One module object that is called three times, and a parameter that reads like a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.relu, self.last = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)
+        self.x_scale = nn.Parameter(torch.tensor([0.5, -1.0, 2.0, 1.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.last(self.relu(self.fc(self.relu(x))))) * self.x_scale
+
+
+class Affixes(nn.Module):
+    """Modules and inputs that are named as the emitter names its own tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.fc_float, self.fc_quantized, self.fc_dequantized = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, fc_dequantized: Tensor, x_quantized: Tensor, x_zero_point: Tensor) -> Tensor:
+        return self.fc(self.fc_dequantized(self.fc_quantized(self.fc_float(fc_dequantized)) + x_quantized) * x_zero_point)
+
+
+class Aliases(nn.Module):
+    """Returns its input, and one tensor twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = F.relu(self.fc(x))
+        return y, self.last(y), x, y
+
+
+class Equals(nn.Module):
+    """Two biases and two activations that an exporter merges because they are equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        nn.init.ones_(self.fc.bias)
+        nn.init.ones_(self.last.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(x) * 2) + self.last(F.relu(x) * 3)
+
+
+@pytest.mark.parametrize("backend", {(b.emits, b.bias): b.name for b in backends}.values())
+@pytest.mark.parametrize(("net", "inputs"), [(ReusedRelu, 1), (Affixes, 3), (Aliases, 1), (Equals, 1)])
+def test_names_that_collide_are_told_apart(net: type[nn.Module], inputs: int, backend: str, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    x = tuple(torch.randn(6, 4) for _ in range(inputs))
+    prepared = qdeploy.calibrate(qdeploy.prepare(net().eval(), x, backend, recipe="fast"), [x])
+    artifact = qdeploy.convert(prepared, tmp_path / "out")
+    assert len(set(artifact.outputs)) == len(artifact.outputs) == len(prepared.flat(x))
+    for path in files(artifact):
+        onnx.checker.check_model(onnx.load(path), full_check=True)
+    assert {e.tensor for e in artifact.encodings} <= emit.tensor_names(onnx.load(artifact.model))
+    for value, wanted in zip(literal(artifact.simulation, feed(artifact, x)), prepared.flat(x), strict=True):
+        np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_onnxsim_is_undone_where_it_loses_an_encoded_name_and_the_manifest_says_so() -> None:
+    artifact = networks.artifact("concat", "snpe")
+    assert {e.tensor for e in artifact.encodings} <= emit.tensor_names(onnx.load(artifact.model))
+    (note,) = [note for note in artifact.manifest["notes"] if "onnxsim" in note]
+    lost = "onnxsim was undone: it lost the names of encoded tensors: "
+    assert note.startswith(lost)
+    data = artifact.simulation.read_bytes()
+    assert emit.simplify_float(data, ["no such tensor"]) == (data, f"{lost}no such tensor")

@@ -1,0 +1,226 @@
+"""Verification: a good artifact passes on every runtime, and every way in which one can be bad is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import networks
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+import qdeploy
+from qdeploy.artifact import MANIFEST, Artifact, render, sha256
+from qdeploy.backend import backends
+from qdeploy.errors import ArtifactError, InputError, NotInstalledError, OptionError
+from qdeploy.runtimes import Runtime, find_runtime, runtimes
+from qdeploy.verification import _Score, verify_artifact
+
+PAIRS = [(backend.name, runtime) for backend in backends for runtime in backend.runtimes]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An artifact of the plain network for SNPE, to be spoilt."""
+    return Path(shutil.copytree(networks.artifact_path("plain", "snpe"), tmp_path / "out"))
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the manifest."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    (folder / MANIFEST).write_text(render(manifest))
+
+
+def scale_tensor(folder: Path, tensor: str, factor: float) -> None:
+    """Multiply the scale of one tensor in the simulation file, and make the manifest's hash fit."""
+    path = folder / "model.sim.onnx"
+    model = onnx.load(path)
+    (found,) = [t for t in model.graph.initializer if t.name == f"{tensor}_scale"]
+    found.CopyFrom(numpy_helper.from_array(np.asarray(numpy_helper.to_array(found) * np.float32(factor)), found.name))
+    onnx.save(model, path)
+    edit(folder, lambda manifest: manifest["files"].update({path.name: sha256(path.read_bytes())}))
+
+
+@pytest.mark.parametrize(("backend", "runtime"), PAIRS)
+def test_a_good_artifact_passes_on_every_runtime_of_its_backend(backend: str, runtime: str, tmp_path: Path) -> None:
+    way, variants = find_runtime(runtime)
+    if not way.installed():
+        pytest.skip(f"runtime '{way.name}' is not installed")
+    shutil.copytree(networks.artifact_path("plain", backend), tmp_path / "out")
+    report = qdeploy.verify(tmp_path / "out", runtime=runtime)
+    assert report.passed, report
+    plain, simulated, *rows = report.results
+    assert (plain.name, simulated.name, simulated.sqnr) == ("float", "simulated", 999.0)
+    assert len(rows) == len(variants)
+    for row in rows:
+        assert row.name.split(":")[0] == way.name and row.samples == 32
+        assert row.agreement is not None and row.sqnr is not None and row.agreement >= way.min_agreement - 1 / 32
+        assert row.bytes == Artifact.open(tmp_path / "out").simulation.stat().st_size
+        assert row.placement.get("fallback", 0) == 0
+    assert json.loads((tmp_path / "out" / MANIFEST).read_text())["verify"] == json.loads(json.dumps(report.to_json()))
+
+
+@pytest.mark.parametrize(("tensor", "factor"), [("relu", 0.25), ("fc.weight", 1.5)])
+def test_a_tampered_scale_is_found(folder: Path, tensor: str, factor: float) -> None:
+    scale_tensor(folder, tensor, factor)
+    report = qdeploy.verify(folder, runtime="onnxruntime")
+    assert not report.passed
+    for row in report.results[2:]:
+        assert any("agreement" in fault or "SQNR" in fault for fault in row.faults), row
+
+
+def test_a_scale_that_is_a_little_off_is_found_though_the_outputs_are_close(folder: Path) -> None:
+    scale_tensor(folder, "relu", 1.0001)
+    report = qdeploy.verify(folder, runtime="onnxruntime")
+    assert report.faults == ("encoding 'relu' has other numbers than model.sim.onnx",) and not report.passed
+    assert not any(row.faults for row in report.results)
+
+
+def test_a_tampered_scale_does_not_stand_for_the_simulation_on_new_data(folder: Path) -> None:
+    scale_tensor(folder, "relu", 0.25)
+    report = qdeploy.verify(folder, networks.batches("plain", seed=5), runtime="onnxruntime")
+    assert any(fault.startswith("model.sim.onnx does not compute the saved simulation: ") for fault in report.faults)
+    assert not report.passed
+
+
+def test_a_missing_encoding_and_one_that_names_no_tensor_are_reported(folder: Path) -> None:
+    edit(folder, lambda manifest: manifest["encodings"][0].update(tensor="nobody"))
+    named = json.loads((folder / MANIFEST).read_text())["planned"][0]
+    report = qdeploy.verify(folder, runtime="onnxruntime")
+    assert report.faults == (f"planned tensor '{named}' has no encoding", "encoding 'nobody' names no tensor of model.onnx")
+    assert not report.passed
+
+
+def test_a_changed_file_is_refused_before_anything_runs(folder: Path) -> None:
+    (folder / "model.encodings").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"model\.encodings' was changed"):
+        qdeploy.verify(folder)
+
+
+@pytest.mark.parametrize(("count", "words"), [(0, "fewer"), (15, "fewer"), (17, "more"), (40, "more")])
+def test_labels_must_be_as_many_as_samples(folder: Path, count: int, words: str) -> None:
+    data = networks.batches("plain", count=2)
+    with pytest.raises(InputError, match=f"there are {words} labels than samples; found: {count} labels"):
+        qdeploy.verify(folder, data, runtime="onnxruntime", labels=np.zeros(count, np.int64))
+
+
+@pytest.mark.parametrize("kind", [list, np.asarray, torch.tensor])
+def test_accuracy_is_the_share_of_right_labels(folder: Path, kind: Callable[[list[int]], Any]) -> None:
+    saved = Artifact.open(folder).reference()["simulated.fc"].argmax(1)
+    labels = saved.copy()
+    labels[:8] = (labels[:8] + 1) % 5  # 24 of 32 are right
+    report = qdeploy.verify(folder, runtime="onnxruntime", labels=kind(labels.tolist()))
+    assert [row.accuracy for row in report.results[1:]] == [0.75] * (len(report.results) - 1)
+
+
+def test_the_score_is_the_one_worked_by_hand() -> None:
+    score = _Score([0.5])
+    simulated = np.array([[3.0, 1.0], [0.0, 2.0], [4.0, 0.0]])
+    made = np.array([[3.0, 1.0], [2.0, 0.0], [4.0, 1.0]])  # top-1 differs in the second sample
+    score.add([simulated], [made], np.array([0, 0, 1]))
+    result = score.result("row", 10, runtimes["onnxruntime"], {"fallback": 2})
+    assert (result.samples, result.agreement, result.accuracy, result.max_steps) == (3, 2 / 3, 2 / 3, 4.0)
+    assert result.sqnr == pytest.approx(10 * np.log10(30 / 9))  # 9 + 1 + 4 + 16 against 4 + 4 + 1
+    assert result.faults == ("SQNR 5.2 dB is below 20 dB", "2 compute nodes fell back to the CPU")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_outputs_that_are_not_finite_are_a_fault_and_plain_json(value: float) -> None:
+    score = _Score([1.0])
+    score.add([np.ones((2, 3))], [np.full((2, 3), value)], None)
+    result = score.result("row", 0, runtimes["onnxruntime"], {})
+    assert "its outputs hold NaN or infinity" in result.faults and not result.passed
+    assert json.dumps([result.sqnr, result.max_steps], allow_nan=False) == "[-999.0, null]"
+
+
+class Recorder:
+    """A runtime that takes batches of 4 and tells what it is given."""
+
+    def __init__(self) -> None:
+        self.seen: list[np.ndarray] = []
+
+    def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        self.seen.append(inputs[0].copy())
+        return [inputs[0].reshape(4, -1)[:, :5]]
+
+    def placement(self) -> dict[str, int]:
+        return {}
+
+
+def test_batches_are_cut_to_the_runtimes_size_and_the_rest_filled_with_its_last_sample(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder()
+    runtime = Runtime(name="four", title="", module="json", extra=None, min_agreement=0, open=lambda *_: recorder, max_batch=4)
+    monkeypatch.setitem(runtimes._values, "four", runtime)
+    data = networks.batches("plain", count=2, batch=6)
+    done: list[int] = []
+    report = verify_artifact(Artifact.open(folder), data, "four", watch=done.append)
+    assert done == [6, 12] and report.results[-1].samples == 12
+    assert [len(piece) for piece in recorder.seen] == [4, 4, 4, 4]
+    for (batch,), first, second in zip(data, recorder.seen[::2], recorder.seen[1::2], strict=True):
+        np.testing.assert_array_equal(np.concatenate([first, second]), torch.cat([batch, batch[5:], batch[5:]]))
+
+
+def test_new_data_without_a_simulation_is_compared_with_the_literal_run_and_says_so(folder: Path) -> None:
+    report = qdeploy.verify(folder, networks.batches("plain", seed=5), runtime="onnxruntime")
+    assert [row.name for row in report.results[:2]] == ["float", "simulated (ONNX, node by node)"]
+    assert report.passed and report.results[0].accuracy is None
+
+
+def test_new_data_with_the_prepared_model_is_compared_with_its_simulation(folder: Path) -> None:
+    prepared, data = networks.prepared("plain", "snpe"), networks.batches("plain", seed=5)
+    report = qdeploy.verify(folder, data, runtime="onnxruntime", simulation=prepared)
+    assert [row.name for row in report.results[:2]] == ["float", "simulated"] and report.passed
+    literal = [row for row in report.results if row.name == "onnxruntime:none"]
+    assert [row.sqnr for row in literal] == [999.0], "the literal run is the simulation, code for code"
+
+
+def test_a_qdq_artifact_has_no_float_row_for_new_data(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(networks.artifact_path("plain", "onnxruntime"), tmp_path / "out"))
+    report = qdeploy.verify(folder, networks.batches("plain", seed=5), runtime="onnxruntime")
+    assert report.results[0].name == "simulated (ONNX, node by node)" and report.passed
+
+
+@pytest.mark.parametrize("given", ["data", "nothing"])
+def test_a_static_batch_is_kept(given: str, tmp_path: Path) -> None:
+    class Fixed(nn.Module):
+        """The product of neighbouring samples: a batch of 3 cannot be another."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x * torch.roll(x, 1, 0))
+
+    torch.manual_seed(2)
+    x = torch.randn(3, 4)
+    program = torch.export.export(Fixed().eval(), (x,))
+    prepared = qdeploy.calibrate(qdeploy.prepare(program, None, "onnxruntime"), [x, -x])
+    artifact = qdeploy.convert(prepared, tmp_path / "out")
+    assert artifact.inputs[0]["shape"] == [3, 4]
+    report = qdeploy.verify(artifact, [2 * x] if given == "data" else None, runtime="onnxruntime")
+    assert report.passed, report
+    with pytest.raises(InputError, match=r"input 'x' has the wrong shape; found: \[2, 4\]; allowed: \[3, 4\]"):
+        qdeploy.verify(artifact, [x[:2]], runtime="onnxruntime")
+
+
+def test_mistaken_arguments_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionError, match=r"unknown runtime 'onnxrutime'.*did you mean 'onnxruntime'"):
+        qdeploy.verify(folder, runtime="onnxrutime")
+    with pytest.raises(InputError, match="there is no data to verify with"):
+        qdeploy.verify(folder, [], runtime="onnxruntime")
+    with pytest.raises(InputError, match="wrong number of inputs; found: 2; allowed: 1"):
+        qdeploy.verify(folder, [(torch.zeros(1, 3, 8, 8),) * 2], runtime="onnxruntime")
+    monkeypatch.setattr(Runtime, "installed", lambda self: False)
+    with pytest.raises(NotInstalledError, match="runtime 'tvm' is not installed"):
+        qdeploy.verify(folder, runtime="tvm")
