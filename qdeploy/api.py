@@ -61,7 +61,7 @@ def prepare(
     plan = make_plan(captured.module, target, widths)
     if not any(tensor.role == "weight" and tensor.spec for tensor in plan.tensors):
         ops = ", ".join(sorted({tensor.op for tensor in plan.tensors if tensor.role == "activation"}))
-        raise InputError(f"backend '{target.name}' finds no layer to quantize", found=f"ops: {ops}")
+        raise InputError(f"backend '{target.name}' finds no layer to quantize", found=f"ops: {ops}", action="see qdeploy inspect")
     _check_float32(captured.module, plan)
 
     def observer(role: Role, spec: QuantSpec) -> Observer:

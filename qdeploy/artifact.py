@@ -33,6 +33,8 @@ MANIFEST = "qdeploy.json"
 MODEL = "model.onnx"
 SIMULATION = "model.sim.onnx"
 REFERENCE = "reference.npz"
+_NEEDED = ("runtimes", "float_bytes", "inputs", "outputs", "planned", "encodings")
+"""What `verify` reads from a manifest."""
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -50,7 +52,7 @@ class Artifact:
         path = Path(path)
         file = path / MANIFEST
         if not file.is_file():
-            what = "is no artifact" if path.is_dir() else "does not exist"
+            what = "is no artifact" if path.exists() else "does not exist"
             raise ArtifactError(f"'{path}' {what}", action=f"name a folder with {MANIFEST}, written by qdeploy quantize")
         try:
             manifest = json.loads(file.read_text())
@@ -66,6 +68,14 @@ class Artifact:
             if sha256((path / name).read_bytes()) != digest:
                 raise ArtifactError(f"'{path / name}' was changed after it was written", action="quantize the model again")
         return cls(path, manifest)
+
+    def check_whole(self) -> None:
+        """`ArtifactError` unless the manifest has all that `verify` reads."""
+        missing = [key for key in _NEEDED if key not in self.manifest]
+        missing += [name for name in (MODEL, REFERENCE) if name not in self.manifest["files"]]
+        if missing:
+            what = f"'{self.path / MANIFEST}' is no whole manifest"
+            raise ArtifactError(what, found=f"without {', '.join(missing)}", action="quantize the model again")
 
     @property
     def encodings(self) -> tuple[Encoding, ...]:
@@ -140,6 +150,8 @@ def check_free(out: Path) -> None:
     if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
         kind = "a folder with other files" if out.is_dir() else "a file"
         raise InputError(f"cannot write to '{out}'", found=kind, action="name a new folder with --out")
+    if out.is_symlink() or out.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise InputError(f"cannot write to '{out}'", found="a link, or the folder at work", action="name a new folder with --out")
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent

@@ -203,6 +203,9 @@ def _check_example(example: Sequence[Tensor], inputs: Sequence[TensorSpec]) -> N
 
 def _input_spec(node: fx.Node) -> TensorSpec:
     made = node.meta["val"]
+    if not isinstance(made, Tensor):
+        found = type(made).__name__
+        raise InputError(f"input '{node.name}' of the model is no tensor", found=found, action="export it with tensors only")
     shape = tuple(size if isinstance(size, int) else None for size in made.shape)
     return TensorSpec(name=graph.tensor_name(node), shape=shape, dtype=str(made.dtype).removeprefix("torch."))
 

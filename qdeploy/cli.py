@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import json
-import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qdeploy.errors import InputError, OptionError, QDeployError
+from qdeploy.screen import Screen, hushed, print_report, print_rows
 
 if TYPE_CHECKING:
     from qdeploy.files.data import Data, ImageOptions
@@ -82,7 +79,7 @@ def quantize(
     from qdeploy import api, artifact
     from qdeploy.files.data import open_data
 
-    screen = _Screen(as_json, quiet)
+    screen = Screen(as_json, quiet)
     target = api.find_backend(backend)
     target.choose_format(file_format)
     _check_choices(recipe, runtime, samples, seed)
@@ -97,7 +94,7 @@ def quantize(
     evaluation = open_data(verify_data, specs, images, labels) if verify_data else None
     # a program brings its own example, of the batch that it was exported with
     example = next(calibration.batches(BATCH)) if isinstance(loaded, torch.nn.Module) else None
-    with _hushed():
+    with hushed():
         prepared = api.prepare(loaded, example, target, recipe, weight_bits, activation_bits, first_last_bits, seed)
     with screen.progress("calibrate", _count(calibration, prepared)) as watch:
         api.calibrate(prepared, _batches(calibration, prepared), watch)
@@ -112,7 +109,7 @@ def quantize(
                 numbers = None if evaluation.labels is None else evaluation.labels[:used]
                 report = api.verify(written, _batches(evaluation, prepared), runtime, numbers, prepared, watch)
     command = written.manifest["command"].replace("{out}", str(out))
-    screen.show({"out": str(out), "backend": target.name, "command": command, "verify": report.to_json()}, lambda: _table(report))
+    screen.show({"out": str(out), "backend": target.name, "command": command, "verify": report.to_json()}, lambda: print_report(report))
     screen.say(f"\nwritten to {out}: {', '.join((*written.manifest['files'], artifact.MANIFEST))}")
     for note in written.manifest["notes"]:
         screen.say(f"note: {note}")
@@ -138,8 +135,9 @@ def verify(
     from qdeploy.files.data import open_data
     from qdeploy.spec import TensorSpec
 
-    screen = _Screen(as_json, quiet)
+    screen = Screen(as_json, quiet)
     opened = Artifact.open(out)
+    opened.check_whole()
     _check_choices("default", runtime, 1, 0)
     if data is None:
         if labels:
@@ -153,7 +151,7 @@ def verify(
         numbers = None if samples.labels is None else samples.labels[:used]
         with screen.progress("verify", used) as watch:
             report = api.verify(opened, samples.batches(fixed or BATCH, used), runtime, numbers, watch=watch)
-    screen.show(report.to_json(), lambda: _table(report))
+    screen.show(report.to_json(), lambda: print_report(report))
     _finish(report)
 
 
@@ -175,11 +173,11 @@ def inspect(
 
     target = api.find_backend(backend)
     loaded, specs = _load(model, arch, allow_pickle, input_shape, data)
-    with _hushed():
+    with hushed():
         prepared = api.prepare(loaded, _zeros(specs), target, "fast", weight_bits, activation_bits, first_last_bits)
     columns = ("tensor", "role", "op", "scheme", "reason")
     rows = [dict(zip(columns, row, strict=True)) for row in prepared.plan.rows()]
-    _Screen(as_json, False).show({"backend": target.name, "tensors": rows}, lambda: print(prepared.plan))
+    Screen(as_json, False).show({"backend": target.name, "tensors": rows}, lambda: print(prepared.plan))
 
 
 @app.command()
@@ -202,7 +200,7 @@ def backends(name: Name = None, as_json: Json = False) -> None:
         }
         for b in ([registry[name]] if name else registry)
     ]
-    _list(rows, ("name", "hardware", "weights", "activations", "bias"), name, as_json)
+    print_rows(rows, ("name", "hardware", "weights", "activations", "bias"), name, as_json)
 
 
 @app.command()
@@ -217,7 +215,7 @@ def recipes(name: Name = None, as_json: Json = False) -> None:
         for part, choice in (("activation", recipe.activation), ("weight", recipe.weight)):
             row[part] = {"observer": choice.observer} | observer_options(choice.observer) | dict(choice.options)
         rows.append(row)
-    _list(rows, ("name", "summary"), name, as_json)
+    print_rows(rows, ("name", "summary"), name, as_json)
 
 
 @app.command()
@@ -229,7 +227,7 @@ def runtimes(name: Name = None, as_json: Json = False) -> None:
     for r in [registry[name]] if name else registry:
         install = f"pip install 'qdeploy[{r.extra}]'" if r.extra else "pip install qdeploy"
         rows.append({"name": r.name, "title": r.title, "variants": list(r.variants), "installed": r.installed(), "install": install})
-    _list(rows, ("name", "title", "installed", "install"), name, as_json)
+    print_rows(rows, ("name", "title", "installed", "install"), name, as_json)
 
 
 def main() -> None:
@@ -251,52 +249,6 @@ def main() -> None:
 def _fail(message: str) -> int:
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return 2
-
-
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """Keep off the terminal what torch prints and logs, graphs and tracebacks, before it raises an error that says enough."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
-
-
-class _Screen:
-    """Where results and progress go: a table or JSON on standard output, progress on a terminal only."""
-
-    def __init__(self, as_json: bool, quiet: bool):
-        self.as_json = as_json
-        self.quiet = quiet
-        self.output = sys.stdout
-        if as_json:  # what the user's own code prints is no part of the document
-            sys.stdout = sys.stderr
-
-    def say(self, text: str) -> None:
-        if not self.as_json and not self.quiet:
-            print(text)
-
-    def show(self, data: dict[str, Any], otherwise: Callable[[], None]) -> None:
-        if self.as_json:
-            print(json.dumps(data, indent=1), file=self.output)
-        elif not self.quiet:
-            otherwise()
-
-    @contextmanager
-    def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        if self.quiet or self.as_json or not sys.stderr.isatty():
-            yield lambda done: None
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(label, total=total)
-            yield lambda done: bar.update(task, completed=done)
 
 
 def _load(
@@ -401,44 +353,6 @@ def _whole(count: int, batch: int | None) -> int:
 
 def _batches(data: Data, prepared: Prepared) -> Iterator[tuple[Any, ...]]:
     return data.batches(_size(prepared), _count(data, prepared))
-
-
-def _table(report: Report) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("", "accuracy", "top-1 agreement", "SQNR dB", "max steps", "nodes", "size", "check"):
-        table.add_column(column, justify="left" if column in ("", "check") else "right", no_wrap=column == "")
-    for r in report.results:
-        placed = f"{r.placement['accelerator']} + {r.placement['fallback']} on CPU" if r.placement else ""
-        table.add_row(
-            r.name,
-            "" if r.accuracy is None else f"{r.accuracy:.2%}",
-            "" if r.agreement is None else f"{r.agreement:.2%}",
-            "" if r.sqnr is None else "exact" if r.sqnr >= 999 else f"{r.sqnr:.1f}",
-            "" if r.max_steps is None else f"{r.max_steps:g}",
-            placed,
-            f"{r.bytes / 1024:.0f} KiB",
-            "; ".join(r.faults) or ("passed" if r.checked else ""),
-        )
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
-    console.print(f"{report.results[0].samples} samples", style="dim")
-    for fault in report.faults:
-        console.print(f"fault: {fault}", markup=False)
-
-
-def _list(rows: Sequence[dict[str, Any]], columns: Sequence[str], name: str | None, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows, indent=1))
-    elif name:
-        for key, value in rows[0].items():
-            print(f"{key:16} {', '.join(map(str, value)) if isinstance(value, list) else value}")
-    else:
-        widths = [max(len(str(row[column])) for row in [dict(zip(columns, columns, strict=True)), *rows]) for column in columns]
-        for row in [dict(zip(columns, columns, strict=True)), *rows]:
-            print("  ".join(str(row[column]).ljust(width) for column, width in zip(columns, widths, strict=True)).rstrip())
 
 
 def _finish(report: Report) -> None:

@@ -49,5 +49,5 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> OptionError:
     """
     known = sorted(known)
     near = get_close_matches(name, known, n=1)
-    action = f"did you mean '{near[0]}'?" if near else f"choose a {kind} from the list"
+    action = f"did you mean '{near[0]}'?" if near else "choose one of these"
     return OptionError(f"unknown {kind} {name!r}", allowed=", ".join(known), action=action)

@@ -165,6 +165,7 @@ def verify_artifact(
     `labels` `[N]` are class numbers. `simulation` is the prepared model, where it is still at hand. All runtimes see each batch in
     turn, so the data is passed once; `watch` is told the samples done. The report also goes into qdeploy.json.
     """
+    artifact.check_whole()
     chosen = _choose(artifact, runtime)
     faults = missing_names(artifact.encodings, artifact.manifest["planned"], tensor_names(onnx.load(artifact.model)))
     faults += _number_faults(artifact)

@@ -29,7 +29,7 @@ LEVELS = (
     ("runtimes", "verification"),
     ("files",),
     ("api",),
-    ("cli",),
+    ("screen", "cli"),
 )
 ORDER = [name for level in LEVELS for name in level]
 ENGINE = sorted((ROOT / "qdeploy").rglob("*.py"))

@@ -542,10 +542,9 @@ def content(place: Path) -> dict[Path, bytes]:
 
 
 # a program's input that is no tensor fails in qdeploy.capture.program_inputs
-KNOWN = {"model: input that is no tensor": pytest.mark.xfail(reason="capture.program_inputs takes every input for a tensor")}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=KNOWN.get(name, ())) for name in QUANTIZE])
+@pytest.mark.parametrize("name", QUANTIZE)
 def test_quantize(name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     given, words = QUANTIZE[name]
     options = ["--backend", "snpe", "--recipe", "fast", "--runtime", "onnxruntime", "--json", "--out", str(tmp_path / "place" / "out")]

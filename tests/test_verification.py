@@ -224,3 +224,9 @@ def test_mistaken_arguments_are_named(folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Runtime, "installed", lambda self: False)
     with pytest.raises(NotInstalledError, match="runtime 'tvm' is not installed"):
         qdeploy.verify(folder, runtime="tvm")
+
+
+def test_a_manifest_without_what_verify_reads_is_refused(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text('{"schema": 1, "files": {}}')
+    with pytest.raises(ArtifactError, match="no whole manifest; found: without runtimes"):
+        qdeploy.verify(tmp_path)
