@@ -23,12 +23,14 @@ True
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from qdeploy.errors import OptionError
-from qdeploy.histogram import HistogramObserver
+from qdeploy.histogram import BINS, HistogramObserver
 from qdeploy.observer import observer
 from qdeploy.spec import QuantSpec
 
@@ -66,8 +68,7 @@ def _kept_bins(counts: Tensor, levels: int) -> int:
     before, filled = pad(counts.cumsum(0), (1, 0)), pad((counts > 0).to(torch.int64).cumsum(0), (1, 0))
     total, inside = before[-1], before[kept]
     beyond, last = total - inside, counts[kept - 1]
-    # Group g begins at the first k with k * levels >= g * i.
-    border = -(-torch.arange(levels + 1) * kept.unsqueeze(1) // levels)
+    border = _borders(levels)[: len(kept)]
     mass, spread = before[border].diff(dim=1), filled[border].diff(dim=1)
     level = mass / spread.clamp(min=1)
     loss = pad(torch.xlogy(counts, counts).cumsum(0), (1, 0))[kept - 1] + torch.xlogy(last + beyond, last + beyond)
@@ -75,3 +76,9 @@ def _kept_bins(counts: Tensor, levels: int) -> int:
     loss[(inside == 0) | ((last == 0) & (beyond > 0))] = torch.inf
     least = (loss <= loss.min()).nonzero()[-1]
     return int(kept[least]) if bool(loss[least].isfinite()) else bins
+
+
+@cache
+def _borders(levels: int) -> Tensor:
+    """Where group g begins for each number i of kept bins from `levels` up, `[K, levels + 1]`: the first k with k * levels >= g * i."""
+    return -(-torch.arange(levels + 1) * torch.arange(levels, BINS + 1).unsqueeze(1) // levels)

@@ -44,9 +44,9 @@ from qdeploy.spec import QuantSpec
 
 EXACT_BITS = 10
 """Widest codes whose zero_points are all tried; beyond, a bin is about as wide as a step."""
-COARSE = 104
-"""Candidate scales of the first search, down to 2^-9 of the full one: 6 percent apart."""
-SPREADS = (0.06, 0.008)
+COARSE = 52
+"""Candidate scales of the first search, down to 2^-9 of the full one: 13 percent apart."""
+SPREADS = (0.12, 0.015)
 """Half widths of the finer searches."""
 RATIOS = (1.3, 1.15, 1.08, 1.04, 1.02, 1.01)
 """Ratios between the thresholds of the local search, round by round."""

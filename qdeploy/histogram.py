@@ -32,7 +32,7 @@ from qdeploy.spec import QuantSpec
 
 BINS = 2048
 """Bins per side of 0."""
-LIMIT = 1 << 18
+LIMIT = 1 << 15
 """Elements that one update counts, of one row or of all rows together; larger batches are thinned to about that."""
 ROW_LIMIT = 1 << 14
 """Elements that are counted of each row even where that is more than `LIMIT` in total."""
@@ -103,6 +103,8 @@ class Histogram:
 
     def _include(self, low: Tensor, high: Tensor) -> None:
         """Widen extremes and bins."""
+        if len(low) == 1 and self.low.item() <= low.item() and high.item() <= self.high.item():
+            return
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         exponent = torch.frexp(self.absmax.clamp(min=2.0 ** (MIN_EXPONENT - 1)))[1].to(torch.int64)
         _fold(self.counts, exponent - self.exponent)

@@ -7,6 +7,7 @@ An observer never computes a scale; `arith.choose_scale` does that from the rang
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -62,16 +63,23 @@ def make_observer(name: str, spec: QuantSpec, options: Mapping[str, object]) -> 
 def as_rows(x: Tensor, axis: int | None) -> Tensor:
     """`x` as `[C, N]` along the channel `axis`, or `[1, N]`."""
     x = x.detach()
-    return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
+    if axis is not None:
+        return x.movedim(axis, 0).reshape(x.shape[axis], -1)
+    # statistics do not depend on the order, and in the order of the memory nothing is copied
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        x = x.permute(0, 2, 3, 1)
+    return x.reshape(1, -1)
 
 
 def finite_minmax(rows: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Per-row `(low, high)`; `InputError` naming the tensor when NaN or Inf is among the values."""
     if rows.shape[0] == 1:
         low, high = (v.reshape(1) for v in torch.aminmax(rows))
+        finite = math.isfinite(low.item()) and math.isfinite(high.item())
     else:
         low, high = torch.aminmax(rows, dim=1)
-    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+        finite = bool(torch.isfinite(low).all() and torch.isfinite(high).all())
+    if not finite:
         raise InputError(
             f"tensor '{name}' holds NaN or Inf during calibration",
             action="check the calibration data and the float model on it",

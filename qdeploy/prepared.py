@@ -68,9 +68,9 @@ class Prepared(nn.Module):
                 quantizer.mode = old
 
     def set_mode(self, mode: Mode) -> None:
-        """Run all quantizers in `mode` from now on."""
+        """Run all quantizers in `mode` from now on; only activations are observed, since parameters do not change with the data."""
         for quantizer in self.quantizers.values():
-            quantizer.mode = mode
+            quantizer.mode = "float" if mode == "observe" and quantizer.role != "activation" else mode
 
     def encodings(self) -> tuple[Encoding, ...]:
         """One per planned tensor, in the order of the plan."""

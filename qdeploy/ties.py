@@ -8,7 +8,9 @@ smallest D within 1 + WIDEN, typically D = 1000 to 5000. So every layer's weight
 rounded anew for it), and the margin is 1e-4 of a step, ten times what any float kernel errs.
 
 Where there are no weights to adjust, the output scale grows: for pooling and products, M is a single ratio as well; for a sum the
-widening is taken that keeps the largest distance over all 65 536 pairs of codes.
+widening is taken that keeps the largest distance over all 65 536 pairs of codes. Where a target adds a skip branch inside a layer,
+v = acc * M + q * s_skip / s_y, and all channels and the skip get fractions of one common D; their numerators are small, so these
+weight scales may grow by FUSED_WIDEN and keep a smaller margin.
 
 >>> tie_free(0.0123)                    # 4/325; 1/81 is 0.4 % above, and the fractions between them have larger denominators
 (0.012307692307692308, 325)
@@ -17,9 +19,11 @@ widening is taken that keeps the largest distance over all 65 536 pairs of codes
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from qdeploy import graph
@@ -29,23 +33,35 @@ from qdeploy.quantizer import Quantizer
 
 WIDEN = 2.0**-9
 """How much a scale may grow, as a share of it: 0.017 dB of SQNR."""
+FUSED_WIDEN = 2.0**-5
+"""The same for the weights of a layer with a fused residual add: 0.27 dB at the most, a third of that on average."""
 _LARGEST = 2**17
 """Odd denominators beyond this keep a margin below the error of float kernels and are not worth a change."""
-_CANDIDATES = 64
+_BLOCKS = (1, 9, 129, 2049, 32769)
+"""Numerators are tried in these blocks, each only for the ratios that are still open."""
+_CANDIDATES = 16
 
 
 def tie_free(ratio: float) -> tuple[float, int]:
     """The fraction p / D with the smallest odd D in [ratio, ratio * (1 + WIDEN)], and D; `(ratio, 0)` where D would be too large."""
-    start, stop = 1, 4096
-    while start < _LARGEST:
-        denominators = np.arange(start | 1, stop, 2, dtype=np.int64)
-        numerators = np.ceil(ratio * denominators)
-        fits = (numerators <= ratio * (1 + WIDEN) * denominators) & (numerators > 0)
-        if fits.any():
-            first = int(fits.argmax())
-            return float(numerators[first] / denominators[first]), int(denominators[first])
-        start, stop = stop, stop * 4
-    return ratio, 0
+    fractions, denominators = tie_free_all(np.array([ratio]))
+    return float(fractions[0]), int(denominators[0])
+
+
+def tie_free_all(ratios: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """`tie_free` of many ratios `[C]`: fractions `[C]` and denominators `[C]`."""
+    fractions, found = ratios.copy(), np.zeros(len(ratios), dtype=np.int64)
+    for start, stop in pairwise(_BLOCKS):
+        # p fits with the D in [p / (ratio * (1 + WIDEN)), p / ratio]; both ends grow with p, so the first p with an odd D has the least
+        rows = np.flatnonzero((found == 0) & (start / ratios < _LARGEST))
+        numerators = np.arange(start, stop, dtype=np.int64)
+        denominators = np.ceil(numerators / (ratios[rows, None] * (1 + WIDEN))).astype(np.int64) | 1
+        fits = denominators * ratios[rows, None] <= numerators
+        first = fits.argmax(1)
+        which = np.flatnonzero(fits.any(1) & (denominators[np.arange(len(rows)), first] <= _LARGEST))
+        found[rows[which]] = denominators[which, first[which]]
+        fractions[rows[which]] = numerators[first[which]] / found[rows[which]]
+    return fractions, found
 
 
 def avoid_ties(module: fx.GraphModule, plan: Plan, serving: dict[str, Quantizer]) -> int:
@@ -56,12 +72,16 @@ def avoid_ties(module: fx.GraphModule, plan: Plan, serving: dict[str, Quantizer]
     alone = {planned.tensor for planned in plan.quantized if planned.observe and producers[planned.group] == 1}
     calls = [n for n in module.graph.nodes if n.op == "call_module" and n.args[1] in serving]
     count = 0
+    fused: dict[fx.Node, int] = {}
     for call in calls:
-        if call.args[1] in alone:
+        if call.args[1] in alone and (denominator := _fused_denominator(module, call, serving[call.args[1]])):
+            fused[call] = denominator
+            count += 1
+        elif call.args[1] in alone:
             count += _widen_output(module, call, serving[call.args[1]])
     done: set[Quantizer] = set()
     for call in calls:
-        count += _widen_weights(module, call, serving[call.args[1]], done)
+        count += _widen_weights(module, call, serving[call.args[1]], done, fused.get(call, 0))
     return count
 
 
@@ -83,9 +103,43 @@ def _quantizer(module: fx.GraphModule, node: object) -> Quantizer | None:
     return found if isinstance(found, Quantizer) else None
 
 
-def _widen_weights(module: fx.GraphModule, call: fx.Node, output: Quantizer, done: set[Quantizer]) -> int:
-    """Widen the weight scales of the layer whose output `call` quantizes, unless `done`: a shared weight serves its first layer."""
-    layer = _origin(call)
+def _fused_parts(module: fx.GraphModule, call: fx.Node) -> tuple[Quantizer, fx.Node] | None:
+    """The quantizer of the skip branch and the layer, where `call` quantizes their sum and the layer's own output stays float."""
+    node = _origin(call)
+    if node.op != "call_function" or graph.op_of(node).name != "add" or len(node.all_input_nodes) != 2:
+        return None
+    skip, layer = sorted(node.all_input_nodes, key=lambda n: n.op != "call_module")
+    quantizer = _quantizer(module, skip)
+    if quantizer is None or layer.op != "call_function" or graph.op_of(layer).weight is None:
+        return None
+    return quantizer, layer
+
+
+def _fused_denominator(module: fx.GraphModule, call: fx.Node, output: Quantizer) -> int:
+    """Make s_skip / s_y a fraction of one D that suits the layer's channels too, by widening s_y; D, or 0 where nothing is fused."""
+    parts = _fused_parts(module, call)
+    if parts is None:
+        return 0
+    skip, layer = parts
+    source, weight = _quantizer(module, layer.args[0]), _quantizer(module, graph.argument(layer, graph.op_of(layer).weight))
+    if source is None or weight is None or weight.role != "weight":
+        return 0
+    smallest = float(weight.scale.double().quantile(0.1)) * float(source.scale) / float(output.scale)
+    denominator = int(min(2 / FUSED_WIDEN / smallest, _LARGEST - 1)) | 1
+    numerator = math.floor(float(skip.scale) / float(output.scale) * denominator)
+    if numerator < 1 / WIDEN:
+        return 0
+    output.set(torch.tensor([float(skip.scale) * denominator / numerator], dtype=torch.float64), output.zero_point)
+    return denominator
+
+
+def _widen_weights(module: fx.GraphModule, call: fx.Node, output: Quantizer, done: set[Quantizer], fused: int) -> int:
+    """Widen the weight scales of the layer whose output `call` quantizes, unless `done`: a shared weight serves its first layer.
+
+    `fused` is the common denominator where the layer's output is quantized after a fused residual add, else 0.
+    """
+    parts = _fused_parts(module, call) if fused else None
+    layer = _origin(call) if parts is None else parts[1]
     if layer.op != "call_function" or graph.op_of(layer).weight is None:
         return 0
     source = _quantizer(module, layer.args[0])
@@ -94,9 +148,16 @@ def _widen_weights(module: fx.GraphModule, call: fx.Node, output: Quantizer, don
         return 0
     done.add(weight)
     step = float(source.scale) / float(output.scale)
-    ratios = [tie_free(float(s) * step)[0] / step for s in weight.scale]
-    weight.set(torch.tensor(ratios, dtype=torch.float64), weight.zero_point)
+    ratios = weight.scale.double().numpy() * step
+    widened = _multiples(ratios, fused) if fused else tie_free_all(ratios)[0]
+    weight.set(torch.from_numpy(widened / step), weight.zero_point)
     return 1
+
+
+def _multiples(ratios: NDArray[np.float64], denominator: int) -> NDArray[np.float64]:
+    """The next multiples of 1/D from `ratios` up; a ratio itself where that is more than FUSED_WIDEN away."""
+    above = np.ceil(ratios * denominator) / denominator
+    return np.where(above <= ratios * (1 + FUSED_WIDEN), above, ratios)
 
 
 def _widen_output(module: fx.GraphModule, call: fx.Node, output: Quantizer) -> int:
