@@ -35,6 +35,7 @@ NETWORKS = ("resnet20", "mobilenetv2")
 OBSERVERS = ("minmax", "ema", "percentile", "mse", "kl")
 BATCH = 32
 CALIBRATION_BATCH = 64
+WAYS = ("onnxruntime:all", "onnxruntime:none", "tvm", "openvino:int8", "openvino:literal", "qnn_htp")
 HTP_SAMPLES = 500
 BEGIN, END = "<!-- bench_pipeline: begin -->", "<!-- bench_pipeline: end -->"
 
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("accuracy", "time", "memory", "speed"), action="append")
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--backends", default=",".join(backends.names()))
+    parser.add_argument("--ways", default=",".join(WAYS), help="runtimes, as NAME or NAME:VARIANT")
     parser.add_argument("--calibration", type=int, default=512)
     parser.add_argument("--samples", type=int, default=4000, help="validation images")
     parser.add_argument("--write", type=Path)
@@ -61,7 +63,7 @@ def main() -> None:
         return
     networks = args.networks.split(",")
     chosen: dict[str, Callable[[], str]] = {
-        "accuracy": lambda: accuracy(zoo, networks, args.backends.split(","), args.calibration, args.samples),
+        "accuracy": lambda: accuracy(zoo, networks, args.backends.split(","), args.calibration, args.samples, args.ways.split(",")),
         "time": lambda: calibration_time(zoo, networks, args.calibration),
         "memory": lambda: memory(args.zoo, networks),
         "speed": lambda: speed(zoo, networks, args.calibration),
@@ -109,9 +111,8 @@ def calibration_images(zoo: ModuleType, count: int) -> Tensor:
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].sort().values]
 
 
-def accuracy(zoo: ModuleType, networks: list[str], names: list[str], count: int, samples: int) -> str:
+def accuracy(zoo: ModuleType, networks: list[str], names: list[str], count: int, samples: int, ways: list[str]) -> str:
     """Accuracy of float and simulation, and the share of images on which each runtime's top-1 is the simulation's."""
-    ways = ["onnxruntime:all", "onnxruntime:none", "tvm", "openvino:int8", "openvino:literal", "qnn_htp"]
     images, labels = zoo.data("val")
     images, labels = images[:samples], labels[:samples]
     rows = [["network", "backend", "float", "simulated", "drop", *ways]]
