@@ -18,7 +18,7 @@ from qdeploy.backend import backends
 from qdeploy.prepared import Prepared
 from qdeploy.quantizer import Quantizer
 from qdeploy.spec import QuantSpec
-from qdeploy.ties import WIDEN, _sum_scale, tie_free
+from qdeploy.ties import _LARGEST, WIDEN, _sum_scale, tie_free
 
 HALF = Fraction(1, 2)
 INTEGER = [name for name in backends.names() if backends[name].bias == "int32"]
@@ -229,3 +229,28 @@ def test_the_simulation_in_float32_has_the_codes_of_exact_arithmetic_bit_for_bit
     for name, codes in reference.codes.items():
         wrong = int((codes != simulated.codes[name]).sum())
         assert not wrong, f"{wrong} of {codes.numel()} codes of '{name}' differ"
+
+
+class SkipAdd(nn.Module):
+    """A residual add whose other branch ends in a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.last = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.conv(x) + x))
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "openvino"])
+def test_channels_and_skip_of_a_fused_add_are_fractions_of_one_odd_denominator(backend: str) -> None:
+    x = torch.randn(8, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    prepared = qdeploy.prepare(SkipAdd(), x, backend, "fast")
+    qdeploy.calibrate(prepared, [x])
+    scales = {name: quantizer.scale.double() for name, quantizer in prepared.quantizers.items()}
+    (output,) = (s for name, s in scales.items() if name not in ("x", "conv.weight", "last.weight"))
+    ratios = torch.cat([scales["x"], scales["conv.weight"] * scales["x"]]) / output
+    denominators = torch.arange(1, _LARGEST, 2, dtype=torch.float64)
+    misses = torch.stack([(r * denominators - (r * denominators).round()).abs() for r in ratios]) / ratios[:, None] / denominators
+    assert (misses < 2e-7).all(0).any(), "no odd denominator suits all, up to the rounding of float32"
