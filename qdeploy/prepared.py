@@ -79,11 +79,7 @@ class Prepared(nn.Module):
 
     def check(self, batch: Sequence[Tensor]) -> None:
         """`InputError` unless `batch` fits the inputs of the model."""
-        specs = self.captured.inputs
-        if len(batch) != len(specs):
-            raise InputError("a batch has the wrong number of inputs", found=len(batch), allowed=len(specs))
-        for tensor, spec in zip(batch, specs, strict=True):
-            check_tensor(tensor, spec)
+        check_batch(batch, self.captured.inputs)
 
     def remember(self, batch: Sequence[Tensor]) -> None:
         """Keep samples of `batch` for the artifact, up to the limits."""
@@ -94,6 +90,14 @@ class Prepared(nn.Module):
             room = len(batch[0]) if not self.reference else 0
         if room > 0:
             self.reference.append(tuple(t[:room].detach().clone() for t in batch))
+
+
+def check_batch(batch: Sequence[Tensor], specs: Sequence[TensorSpec]) -> None:
+    """`InputError` unless `batch` has one fitting tensor for each of `specs`."""
+    if len(batch) != len(specs):
+        raise InputError("a batch has the wrong number of inputs", found=len(batch), allowed=len(specs))
+    for tensor, spec in zip(batch, specs, strict=True):
+        check_tensor(tensor, spec)
 
 
 def check_tensor(tensor: Tensor, spec: TensorSpec) -> None:

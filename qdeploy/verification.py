@@ -27,7 +27,7 @@ from torch import Tensor
 from qdeploy.artifact import Artifact, missing_names
 from qdeploy.emit import tensor_names
 from qdeploy.errors import ArtifactError, InputError
-from qdeploy.prepared import Prepared, check_tensor
+from qdeploy.prepared import Prepared, check_batch
 from qdeploy.runtimes import Runtime, Session, find_runtime, runtimes
 from qdeploy.spec import TensorSpec
 
@@ -143,9 +143,9 @@ class _Row:
         self.placement = placement
         self.score: _Score | None = None
 
-    def add(self, inputs: Sequence[Array], simulated: Sequence[Array], labels: Array | None, steps: Sequence[float]) -> None:
+    def add(self, made: Sequence[Array], simulated: Sequence[Array], labels: Array | None, steps: Sequence[float]) -> None:
         self.score = self.score or _Score(steps)
-        self.score.add(simulated, self.outputs(inputs), labels)
+        self.score.add(simulated, made, labels)
 
     def result(self) -> Result:
         assert self.score is not None
@@ -183,7 +183,8 @@ def verify_artifact(
             raise InputError("there are fewer labels than samples", found=f"{len(labels)} labels", action="give one label per sample")
         simulated = references[-1].outputs(inputs)
         for row in (*references, *rows):
-            row.add(inputs, simulated, part, steps)
+            made = simulated if row is references[-1] else row.outputs(inputs)
+            row.add(made, simulated, part, steps)
         done += count
         watch(done)
     if done == 0:
@@ -197,11 +198,10 @@ def verify_artifact(
 
 def _choose(artifact: Artifact, names: str | Sequence[str] | None) -> list[tuple[Runtime, str]]:
     """The ways to run: every variant of the named runtimes, or the named variant of `NAME:VARIANT`."""
-    own = names is None
     chosen = []
     for name in artifact.manifest["runtimes"] if names is None else (names,) if isinstance(names, str) else names:
         runtime, variants = find_runtime(name)
-        if own and not runtime.installed():
+        if names is None and not runtime.installed():
             continue
         runtime.require()
         chosen += [(runtime, variant) for variant in variants]
@@ -262,10 +262,7 @@ def _arrays(batches: Iterable[Tensor | Sequence[Tensor]], artifact: Artifact) ->
     specs = [TensorSpec(name=s["name"], shape=tuple(s["shape"]), dtype=s["dtype"]) for s in artifact.inputs]
     for batch in batches:
         tensors = (batch,) if isinstance(batch, Tensor) else tuple(batch)
-        if len(tensors) != len(specs):
-            raise InputError("a batch has the wrong number of inputs", found=len(tensors), allowed=len(specs))
-        for tensor, spec in zip(tensors, specs, strict=True):
-            check_tensor(tensor, spec)
+        check_batch(tensors, specs)
         yield [tensor.detach().cpu().numpy() for tensor in tensors]
 
 
