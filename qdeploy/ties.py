@@ -103,6 +103,15 @@ def _quantizer(module: fx.GraphModule, node: object) -> Quantizer | None:
     return found if isinstance(found, Quantizer) else None
 
 
+def _layer_quantizers(module: fx.GraphModule, layer: fx.Node) -> tuple[Quantizer, Quantizer] | None:
+    """The quantizers of a layer's input and weight, where its accumulator has one step a channel."""
+    source = _quantizer(module, layer.args[0])
+    weight = _quantizer(module, graph.argument(layer, graph.op_of(layer).weight))
+    if source is None or weight is None or weight.role != "weight" or source.spec.axis is not None:
+        return None
+    return source, weight
+
+
 def _fused_parts(module: fx.GraphModule, call: fx.Node) -> tuple[Quantizer, fx.Node] | None:
     """The quantizer of the skip branch and the layer, where `call` quantizes their sum and the layer's own output stays float."""
     node = _origin(call)
@@ -121,9 +130,10 @@ def _fused_denominator(module: fx.GraphModule, call: fx.Node, output: Quantizer)
     if parts is None:
         return 0
     skip, layer = parts
-    source, weight = _quantizer(module, layer.args[0]), _quantizer(module, graph.argument(layer, graph.op_of(layer).weight))
-    if source is None or weight is None or weight.role != "weight":
+    quantizers = _layer_quantizers(module, layer)
+    if quantizers is None:
         return 0
+    source, weight = quantizers
     typical = float(weight.scale.double().median()) * float(source.scale) / float(output.scale)
     denominator = int(min(2 / FUSED_WIDEN / typical, _LARGEST - 1)) | 1
     numerator = math.floor(float(skip.scale) / float(output.scale) * denominator)
@@ -142,10 +152,10 @@ def _widen_weights(module: fx.GraphModule, call: fx.Node, output: Quantizer, don
     layer = _origin(call) if parts is None else parts[1]
     if layer.op != "call_function" or graph.op_of(layer).weight is None:
         return 0
-    source = _quantizer(module, layer.args[0])
-    weight = _quantizer(module, graph.argument(layer, graph.op_of(layer).weight))
-    if source is None or weight is None or weight.role != "weight" or source.spec.axis is not None or weight in done:
+    quantizers = _layer_quantizers(module, layer)
+    if quantizers is None or quantizers[1] in done:
         return 0
+    source, weight = quantizers
     done.add(weight)
     step = float(source.scale) / float(output.scale)
     ratios = weight.scale.double().numpy() * step
