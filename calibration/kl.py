@@ -65,14 +65,15 @@ def _kept_bins(counts: Tensor, levels: int) -> int:
         return bins
     counts = torch.cat((counts[1:2], counts[1:]))
     kept = torch.arange(levels, bins + 1)
-    before, filled = pad(counts.cumsum(0), (1, 0)), pad((counts > 0).to(torch.int64).cumsum(0), (1, 0))
+    before, filled = pad(counts.cumsum(0), (1, 0)), pad((counts > 0).double().cumsum(0), (1, 0))
     total, inside = before[-1], before[kept]
     beyond, last = total - inside, counts[kept - 1]
-    border = _borders(levels)[: len(kept)]
-    mass, spread = before[border].diff(dim=1), filled[border].diff(dim=1)
-    level = mass / spread.clamp(min=1)
+    border = _borders(levels)[: len(kept)].flatten()
+    mass, spread = (running.index_select(0, border).view(len(kept), -1).diff(dim=1) for running in (before, filled))
+    level = mass / spread.clamp_(min=1)
     loss = pad(torch.xlogy(counts, counts).cumsum(0), (1, 0))[kept - 1] + torch.xlogy(last + beyond, last + beyond)
-    loss -= torch.xlogy(mass, level).sum(1) + torch.xlogy(beyond, level[:, -1]) + total * torch.log(total / inside)
+    # what a level without mass would add is 0 times a finite logarithm
+    loss -= (mass * level.clamp(min=1e-300).log_()).sum(1) + torch.xlogy(beyond, level[:, -1]) + total * torch.log(total / inside)
     loss[(inside == 0) | ((last == 0) & (beyond > 0))] = torch.inf
     least = (loss <= loss.min()).nonzero()[-1]
     return int(kept[least]) if bool(loss[least].isfinite()) else bins

@@ -108,7 +108,7 @@ def _search_square(counts: Tensor, full: Sides, _: Sides, spec: QuantSpec, p: fl
     """The best `(low, high)` `[R]` for p = 2 of rows with `counts` `[R, B]` of |x| or `[R, 2B]` of x."""
     unit = float(choose_scale(torch.zeros(1), torch.ones(1), spec)[0])
     size = (full[1] if spec.symmetric else full[1] - full[0]).clamp(min=1e-9).unsqueeze(1)
-    candidates = (_symmetric_candidates if spec.symmetric else _asymmetric_candidates)(counts, full, spec)
+    candidates = _candidates(counts, full, spec)
     factor = torch.logspace(-9, 0, COARSE, base=2, dtype=torch.float64).expand(len(size), -1)
     tried = candidates(size * factor * unit)
     whole = [v[:, -1:] for v in tried]
@@ -128,19 +128,28 @@ def _least(loss: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return tuple(v.gather(1, index) for v in (loss, *others))
 
 
-def _symmetric_candidates(counts: Tensor, full: Sides, spec: QuantSpec) -> Candidates:
-    """From scales `[R, K]` to errors, lows and highs `[R, K]`."""
+def _candidates(counts: Tensor, full: Sides, spec: QuantSpec) -> Candidates:
+    """From scales `[R, K]` to the least errors with them, lows and highs `[R, K]`."""
+    if spec.symmetric:
+        return _fixed_candidates(counts, spec.qmax, -1)
+    if not full[0].any():  # with nothing below 0 all codes lie above
+        return _fixed_candidates(counts[:, counts.shape[1] // 2 :], spec.qmax - spec.qmin, 0)
+    return _asymmetric_candidates(counts, full, spec)
+
+
+def _fixed_candidates(counts: Tensor, codes: int, below: int) -> Candidates:
+    """`_candidates` where 0 has `codes` codes above it, and as many below it (`below` = -1) or none (0)."""
     table, square = _excess_table(counts), _square(counts)
 
     def candidates(scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gain = _excess(table, scale, spec.qmax).sum(2)
-        return square - 2 * scale * gain, -scale * spec.qmax, scale * spec.qmax
+        gain = _excess(table, scale, codes).sum(2)
+        return square - 2 * scale * gain, below * codes * scale, codes * scale
 
     return candidates
 
 
 def _asymmetric_candidates(counts: Tensor, full: Sides, spec: QuantSpec) -> Candidates:
-    """From scales `[R, K]` to errors, lows and highs `[R, K]` with each scale's best zero_point."""
+    """`_candidates` with each scale's best zero_point."""
     sides = counts[:, : counts.shape[1] // 2].flip(1), counts[:, counts.shape[1] // 2 :]
     tables, square = [_excess_table(side) for side in sides], _square(sides[0]) + _square(sides[1])
     codes = spec.qmax - spec.qmin

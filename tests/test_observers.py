@@ -159,11 +159,10 @@ def test_mse_says_the_grid_it_means(shape: str, bits: int) -> None:
         if symmetric:
             high = torch.maximum(-low, high)
             low = -high
-        make = mse._symmetric_candidates if symmetric else mse._asymmetric_candidates
         levels = seen.spec.qmax if symmetric else seen.spec.qmax - seen.spec.qmin
         size = high if symmetric else high - low
         scales = size.unsqueeze(1) * torch.linspace(0.02, 0.99, 30, dtype=torch.float64) / levels
-        loss, lows, highs = make(counts, (low, high), seen.spec)(scales)
+        loss, lows, highs = mse._candidates(counts, (low, high), seen.spec)(scales)
         finite = loss[0].isfinite()
         again = mse._power_loss(counts, lows[:, finite], highs[:, finite], seen.spec, 2.0)
         torch.testing.assert_close(loss[:, finite], again, rtol=1e-5, atol=1e-7 * float(counts.sum()))

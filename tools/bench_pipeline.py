@@ -3,7 +3,7 @@
     python tools/bench_pipeline.py --zoo ../shared/models/zoo.py --write docs/benchmarks.md
 
 `--zoo` names a Python file with `load(name) -> nn.Module` and `data(split) -> (images, labels)` for the splits `train` and `val`. All
-ratios are of medians, measured in turn within one run. `--part` runs one part only; `--write` replaces the generated block of a file.
+ratios are of medians, measured in turn within one run. `--part` runs one part only; `--write` replaces the generated blocks of a file, one a part.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ BATCH = 32
 CALIBRATION_BATCH = 64
 WAYS = ("onnxruntime:all", "onnxruntime:none", "tvm", "openvino:int8", "openvino:literal", "qnn_htp")
 HTP_SAMPLES = 500
-BEGIN, END = "<!-- bench_pipeline: begin -->", "<!-- bench_pipeline: end -->"
 
 
 def main() -> None:
@@ -68,12 +67,21 @@ def main() -> None:
         "memory": lambda: memory(args.zoo, networks),
         "speed": lambda: speed(zoo, networks, args.calibration),
     }
-    blocks = [machine(), *(run() for part, run in chosen.items() if not args.part or part in args.part)]
-    text = "\n\n".join(blocks)
-    print(text)
-    if args.write:
-        before, _, rest = args.write.read_text().partition(BEGIN)
-        args.write.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    for part, run in chosen.items():
+        if not args.part or part in args.part:
+            text = f"{run()}\n\n{machine()}"
+            print(text, end="\n\n", flush=True)
+            if args.write:
+                replace_block(args.write, f"bench_pipeline {part}", text)
+
+
+def replace_block(path: Path, name: str, text: str) -> None:
+    """Put `text` between the comments that mark the block `name` of a Markdown file."""
+    begin, end = (f"<!-- {name}: {word} -->" for word in ("begin", "end"))
+    before, found, rest = path.read_text().partition(begin)
+    if not found or end not in rest:
+        sys.exit(f"error: '{path}' has no block '{begin}' ... '{end}'")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
 def load_zoo(path: Path) -> ModuleType:
