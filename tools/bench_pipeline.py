@@ -3,7 +3,8 @@
     python tools/bench_pipeline.py --zoo ../shared/models/zoo.py --write docs/benchmarks.md
 
 `--zoo` names a Python file with `load(name) -> nn.Module` and `data(split) -> (images, labels)` for the splits `train` and `val`. All
-ratios are of medians, measured in turn within one run. `--part` runs one part only; `--write` replaces the generated blocks of a file, one a part.
+ratios are of medians, measured in turn within one run. `--part` runs one part only; `--write` replaces the generated blocks of a
+file, one a part.
 """
 
 from __future__ import annotations
