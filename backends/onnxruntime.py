@@ -5,7 +5,7 @@ float. A quantizer follows every op, since a float tensor between two integer ke
 Source: ONNX Runtime documentation, "Quantize ONNX models"; formats of QDQ in the ONNX operator specification.
 """
 
-from qdeploy.backend import Backend, Fusion, OpRule, register
+from qdeploy.backend import Backend, Format, Fusion, OpRule, register
 from qdeploy.ops import ACTIVATION, ARITHMETIC, COMPUTE, MAX_POOL, MEAN_POOL, MOVE
 from qdeploy.spec import QuantSpec
 
@@ -21,7 +21,12 @@ ONNXRUNTIME = register(
             OpRule(ops=COMPUTE | ARITHMETIC | ACTIVATION | MEAN_POOL, inputs=True, output=True),
         ),
         fuse=(Fusion(heads=COMPUTE | frozenset({"add"}), tails=frozenset({"relu", "relu6"})),),
-        command="onnxruntime.InferenceSession('{out}/model.onnx')",
+        formats=(Format(name="qdq", command="onnxruntime.InferenceSession('{out}/model.onnx')"),),
         runtimes=("onnxruntime", "tvm", "openvino:literal"),
+        vendor_runtime="onnxruntime",
+        sources=(
+            "ONNX Runtime documentation, Quantize ONNX models",
+            "ONNX operator specification, QuantizeLinear and DequantizeLinear",
+        ),
     )
 )

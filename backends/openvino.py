@@ -5,7 +5,7 @@ inputs of a concat share one. The output of the model stays in float.
 Sources: OpenVINO documentation, "Low precision transformations"; NNCF, hardware setup of the CPU.
 """
 
-from qdeploy.backend import Backend, Fusion, OpRule, register
+from qdeploy.backend import Backend, Format, Fusion, OpRule, register
 from qdeploy.ops import COMPUTE, MAX_POOL, MEAN_POOL, MOVE
 from qdeploy.spec import QuantSpec
 
@@ -22,7 +22,12 @@ OPENVINO = register(
         ),
         fuse=(Fusion(heads=COMPUTE | frozenset({"add"}), tails=frozenset({"relu", "relu6"})),),
         residual="skip",
-        command="ovc {out}/model.onnx --output_model {out}/model.xml",
+        formats=(Format(name="qdq", command="ovc {out}/model.onnx --output_model {out}/model.xml"),),
         runtimes=("openvino", "onnxruntime", "tvm"),
+        vendor_runtime="openvino",
+        sources=(
+            "OpenVINO documentation, Low precision transformations",
+            "NNCF, src/nncf/common/hardware/setups/cpu.py",
+        ),
     )
 )

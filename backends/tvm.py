@@ -5,7 +5,7 @@ Every op that has an integer form reads and makes quantized tensors; data moveme
 Source: Apache TVM documentation, Relax ONNX front end; ONNX operator specification.
 """
 
-from qdeploy.backend import Backend, Fusion, OpRule, register
+from qdeploy.backend import Backend, Format, Fusion, OpRule, register
 from qdeploy.ops import ARITHMETIC, COMPUTE, MAX_POOL, MEAN_POOL, MOVE
 from qdeploy.spec import QuantSpec
 
@@ -21,7 +21,12 @@ TVM = register(
             OpRule(ops=COMPUTE | ARITHMETIC | MEAN_POOL, inputs=True, output=True),
         ),
         fuse=(Fusion(heads=COMPUTE | frozenset({"add"}), tails=frozenset({"relu", "relu6"})),),
-        command="tvm.relax.frontend.onnx.from_onnx(onnx.load('{out}/model.onnx'))",
+        formats=(Format(name="qdq", command="tvm.relax.frontend.onnx.from_onnx(onnx.load('{out}/model.onnx'))"),),
         runtimes=("tvm", "onnxruntime", "openvino:literal"),
+        vendor_runtime="tvm",
+        sources=(
+            "Apache TVM documentation, Relax ONNX front end",
+            "ONNX operator specification, QuantizeLinear and DequantizeLinear",
+        ),
     )
 )

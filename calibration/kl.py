@@ -41,11 +41,10 @@ class Entropy(HistogramObserver):
 
     def __init__(self, spec: QuantSpec):
         super().__init__(spec)
-        if spec.bits != 8:
-            reason = "KL is not meaningful below 8 bits" if spec.bits < 8 else "KL has no more levels than bins only at 8 bits"
-            raise OptionError(f"observer 'kl': {reason}", found=f"{spec.bits} bits", allowed="8 bits", action="use mse")
+        _check(spec)
 
     def range(self) -> tuple[Tensor, Tensor]:
+        _check(self.spec)
         seen = self.histogram
         counts = (seen.negative() + seen.positive()).double()
         used = (seen.absmax / seen.width).to(torch.int64) + 1
@@ -56,6 +55,15 @@ class Entropy(HistogramObserver):
             kept.append(_kept_bins(row[:bins], levels))
         threshold = (torch.tensor(kept, dtype=torch.float64) + 0.5) * seen.width
         return self.clipped(torch.minimum(threshold, seen.absmax))
+
+
+def _check(spec: QuantSpec) -> None:
+    if not spec.linear:
+        reason = f"observer 'kl' compares evenly spaced codes, and those of {spec.describe()} are not"
+        raise OptionError(reason, action="use minmax")
+    if spec.bits != 8:
+        reason = "KL is not meaningful below 8 bits" if spec.bits < 8 else "KL has no more levels than bins only at 8 bits"
+        raise OptionError(f"observer 'kl': {reason}", found=f"{spec.bits} bits", allowed="8 bits", action="use mse")
 
 
 def _kept_bins(counts: Tensor, levels: int) -> int:

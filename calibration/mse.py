@@ -18,6 +18,9 @@ n = Q(x) / s and u = x - ns, the integral of |x - Q(x)|^p from 0 to x is
 p = 2.4, from BRECQ (Li et al. 2021, its code), weighs clipping a little more. A range that gains less than 1 percent over the
 full one is not taken.
 
+Scales that are powers of two are so few that all are compared, from the smallest that clips nothing to 2^-5 of it, each with the
+zero_point that is best for p = 2. The range is then that of the grid itself, which may end beyond the data.
+
 Worked: for N(0, 1) and 4 signed bits the best threshold is 2.47, by numerical integration of the normal density:
 
 >>> from qdeploy.histogram import as_batch
@@ -46,6 +49,8 @@ EXACT_BITS = 10
 """Widest codes whose zero_points are all tried; beyond, a bin is about as wide as a step."""
 COARSE = 52
 """Candidate scales of the first search, down to 2^-9 of the full one: 13 percent apart."""
+HALVINGS = 5
+"""How often the power of two that clips nothing is halved; MQBench's observers for Vitis go to 4."""
 SPREADS = (0.12, 0.015)
 """Half widths of the finer searches."""
 RATIOS = (1.3, 1.15, 1.08, 1.04, 1.02, 1.01)
@@ -65,14 +70,21 @@ class MeanSquare(HistogramObserver):
 
     def __init__(self, spec: QuantSpec, p: float = 2.0):
         super().__init__(spec)
+        _check(spec)
         if isinstance(p, bool) or not isinstance(p, int | float) or not 1 <= p <= 4:
             raise OptionError("p of observer 'mse'", found=repr(p), allowed="1 <= p <= 4, usually 2 or 2.4")
         self.p = p
 
     def range(self) -> tuple[Tensor, Tensor]:
+        _check(self.spec)
         seen = self.histogram
         low, high = (v / seen.width for v in (seen.low.clamp(max=0), seen.high.clamp(min=0)))
         counts = seen.counts
+        if self.spec.grid == "power_of_two":
+            codes = 0 if self.spec.symmetric else self.spec.qmax - self.spec.qmin
+            terms = 2 * HALVINGS * max(counts.shape[1], codes)
+            low, high = _by_rows(_search_powers, counts, (low, high), (low, high), terms, self.spec, self.p)
+            return low * seen.width, high * seen.width
         if self.spec.symmetric:
             counts, high = seen.negative() + seen.positive(), torch.maximum(-low, high)
             low = -high
@@ -84,6 +96,12 @@ class MeanSquare(HistogramObserver):
             best = _by_rows(_search_power, counts, (low, high), best, terms, self.spec, self.p)
         low, high = (v * seen.width for v in best)
         return low.clamp(min=seen.low, max=seen.high), high.clamp(min=seen.low, max=seen.high)
+
+
+def _check(spec: QuantSpec) -> None:
+    if not spec.linear:
+        reason = f"observer 'mse' compares evenly spaced codes, and those of {spec.describe()} are not"
+        raise OptionError(reason, action="use minmax")
 
 
 def _by_rows(
@@ -193,6 +211,26 @@ def _excess(table: Tensor, scale: Tensor, codes: int) -> Tensor:
     return (part[..., 2] * point).add_(part[..., 1]).mul_(point).add_(part[..., 0])
 
 
+def _search_powers(counts: Tensor, full: Sides, _: Sides, spec: QuantSpec, p: float) -> Sides:
+    """The limits `(low, high)` `[R]` of the best grid whose scale is a power of two, of rows with `counts` `[R, 2B]` of x."""
+    # a histogram's bins fit its data, so that in bins no row is so small that its scale would be raised
+    widest = choose_scale(*full, spec)[0].unsqueeze(1)
+    scale = widest * 0.5 ** torch.arange(HALVINGS + 1, dtype=torch.float64)
+    left = _codes_left(counts, scale, spec) if not spec.symmetric else torch.full_like(scale, -spec.qmin)
+    loss = _grid_loss(counts, scale, spec.qmin + left, spec, p, counts.shape[1] // 2)
+    scale, left = (v.squeeze(1) for v in _least(loss, scale, left)[1:])
+    scale = scale.where(full[0] < full[1], 0)
+    return -left * scale, (spec.qmax - spec.qmin - left) * scale
+
+
+def _codes_left(counts: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """How many codes are best left of 0 with each scale `[R, K]`, float64 `[R, K]`; the fewest of equally good ones."""
+    middle, codes = counts.shape[1] // 2, spec.qmax - spec.qmin
+    sides = counts[:, :middle].flip(1), counts[:, middle:]
+    below, above = (pad(_excess(_excess_table(side), scale, codes).cumsum_(2), (1, 0)) for side in sides)
+    return (below + above.flip(2)).argmax(2).double()
+
+
 def _search_power(counts: Tensor, full: Sides, start: Sides, spec: QuantSpec, p: float) -> Sides:
     """A better `(low, high)` `[R]` than `start` for any p; see `_search_square`."""
     low, high = (v.unsqueeze(1) for v in start)
@@ -215,10 +253,14 @@ def _power_loss(counts: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, p: f
     """Error of the encodings of ranges `low`, `high` `[R, K]` in bins, `[R, K]`."""
     size = torch.maximum(-low, high).amax(1, keepdim=True).clamp(min=1e-9)
     scale, zero_point = choose_scale((low / size).flatten(), (high / size).flatten(), spec)
-    s = (scale.view_as(low) * size).unsqueeze(2)
-    zero = zero_point.view_as(low).unsqueeze(2)
-    bins = counts.shape[1]
-    edges = torch.arange(bins + 1, dtype=torch.float64) - (0 if spec.symmetric else bins // 2)
+    origin = 0 if spec.symmetric else counts.shape[1] // 2
+    return _grid_loss(counts, scale.view_as(low) * size, zero_point.view_as(low), spec, p, origin)
+
+
+def _grid_loss(counts: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, p: float, origin: int) -> Tensor:
+    """Error of encodings `[R, K]`, the scales in bins, `[R, K]`; 0 is the left edge of bin `origin`."""
+    s, zero = scale.unsqueeze(2), zero_point.unsqueeze(2)
+    edges = torch.arange(counts.shape[1] + 1, dtype=torch.float64) - origin
     n = (edges / s).round_().clamp_(spec.qmin - zero, spec.qmax - zero)
     u = edges - n * s
     g = n.mul_(2 * (s / 2) ** (p + 1)).add_(u.abs().pow_(p + 1).copysign_(u))

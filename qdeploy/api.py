@@ -1,12 +1,16 @@
-"""The verbs: prepare, calibrate, convert, verify, and quantize, which is the four in one."""
+"""The verbs: prepare, calibrate, convert, verify, and quantize, which is the four in one.
+
+Each takes one target or several: several share one capture, one pass over the data and one export.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -17,60 +21,171 @@ from torch.export import ExportedProgram
 from qdeploy import __version__, artifact, emit, fold, graph
 from qdeploy.artifact import Artifact
 from qdeploy.backend import Backend, backends
-from qdeploy.capture import capture
+from qdeploy.capture import Captured, capture
 from qdeploy.errors import InputError, OptionError
-from qdeploy.insert import freeze, insert_quantizers
+from qdeploy.insert import freeze, insert_quantizers, observed
 from qdeploy.observer import Observer, make_observer
+from qdeploy.onnxfile import emitted
 from qdeploy.plan import Plan, Widths, make_plan
 from qdeploy.prepared import Prepared
 from qdeploy.recipe import Recipe, find_recipe
 from qdeploy.spec import QuantSpec, Role
 from qdeploy.verification import Report, verify_artifact
+from qdeploy.watch import watched
 
 Batch = Tensor | Sequence[Tensor]
+Target = str | Backend
+Targets = str | Sequence[Target]
+Watch = Callable[[int], None]
 
 
-def find_backend(name: str | Backend) -> Backend:
+def unwatched(samples: int) -> None:
+    """Watches nothing."""
+
+
+def find_backend(name: Target) -> Backend:
     """The backend called `name`, or the one that a user's own Python file registers."""
     if isinstance(name, Backend):
         return name
     return backends.load_file(Path(name)) if name.endswith(".py") else backends[name]
 
 
+def find_backends(names: Targets) -> tuple[Backend, ...]:
+    """The backends of a list, or of a text with commas; `OptionError` for one that is named twice."""
+    if isinstance(names, str):
+        names = [part.strip() for part in names.split(",")]
+    found = tuple(find_backend(name) for name in names)
+    if not found:
+        raise OptionError("no backend is named", action="name one, such as snpe")
+    for backend in found:
+        if sum(other.name == backend.name for other in found) > 1:
+            raise OptionError(f"backend '{backend.name}' is named twice", action="name it once")
+    return found
+
+
+def with_schemes(backend: Backend, weight: str | None, activation: str | None) -> Backend:
+    """`backend` with the schemes that the user chose, in the words of `QuantSpec.describe`; `OptionError` where it has none such."""
+    chosen: dict[str, Any] = {}
+    for what, text in (("weight", weight), ("activation", activation)):
+        if text is not None:
+            chosen[what] = _scheme(backend, what, text)
+    # other grids have one width
+    fixed: dict[str, Any] = {f"{what}_bits": (spec.bits,) for what, spec in chosen.items() if not spec.linear}
+    if fixed:
+        fixed["first_last_bits"] = None
+    return replace(backend, **chosen, **fixed)
+
+
+def _scheme(backend: Backend, what: str, text: str) -> QuantSpec:
+    """The scheme that `text` says, of the weights or the activations, if the backend allows it."""
+    try:
+        spec = QuantSpec.parse(text)
+    except ValueError as error:
+        raise OptionError(f"{what} scheme '{text}'", found=str(error), action="write it as 'int4 symmetric per-channel'") from error
+    if what == "activation" and spec.axis is not None:
+        raise OptionError("activation scheme", found="per-channel", allowed="per-tensor", action="choose per-channel for weights only")
+    if backend.any_scheme:
+        return spec
+    default, widths = (backend.weight, backend.weight_bits) if what == "weight" else (backend.activation, backend.activation_bits)
+    known = [default, *(backend.weight_schemes if what == "weight" else ())]
+    allowed = [replace(one, bits=bits) if one.linear else one for one in known for bits in (widths if one.linear else (one.bits,))]
+    if spec not in allowed:
+        names = ", ".join(one.describe() for one in allowed)
+        free = ", ".join(b.name for b in backends if b.any_scheme)
+        action = f"choose one of these, or a backend that leaves the choice: {free}"
+        raise OptionError(f"backend '{backend.name}' has no such {what} scheme", found=spec.describe(), allowed=names, action=action)
+    return spec
+
+
+class Options(TypedDict, total=False):
+    """What `prepare` takes besides the model, an example and the backend, with the same meaning."""
+
+    recipe: str | Recipe
+    weight_bits: int | None
+    activation_bits: int | None
+    first_last_bits: int | None
+    seed: int
+    weight_scheme: str | None
+    activation_scheme: str | None
+
+
 def prepare(
     model: nn.Module | ExportedProgram,
     example_inputs: Batch | None,
-    backend: str | Backend,
+    backend: Target,
     recipe: str | Recipe = "default",
     weight_bits: int | None = None,
     activation_bits: int | None = None,
     first_last_bits: int | None = None,
     seed: int = 0,
+    weight_scheme: str | None = None,
+    activation_scheme: str | None = None,
 ) -> Prepared:
     """Capture `model`, fold its batch norms, plan for `backend` and insert the quantizers; `model` itself is not changed.
 
     `example_inputs` is a tensor or a tuple of tensors with any batch size (None for an ExportedProgram). `first_last_bits` is the
-    weight width of the first and the last layer. Raises `CaptureError`, `OptionError` or `InputError`.
+    weight width of the first and the last layer. The schemes are words such as "int4 symmetric per-channel", for backends that
+    leave the choice. Raises `CaptureError`, `OptionError` or `InputError`.
     """
-    target = find_backend(backend)
+    widths = Widths(weight=weight_bits, activation=activation_bits, first_last=first_last_bits)
+    target = with_schemes(find_backend(backend), weight_scheme, activation_scheme)
+    return _prepare(model, example_inputs, (target,), recipe, widths, seed)[0]
+
+
+def prepare_all(
+    model: nn.Module | ExportedProgram, example_inputs: Batch | None, backends: Targets, **options: Unpack[Options]
+) -> tuple[Prepared, ...]:
+    """`prepare` for several backends from one capture, with copies of the parameters each; for `calibrate_all`."""
+    schemes = options.get("weight_scheme"), options.get("activation_scheme")
+    targets = tuple(with_schemes(target, *schemes) for target in find_backends(backends))
+    widths = Widths(
+        weight=options.get("weight_bits"), activation=options.get("activation_bits"), first_last=options.get("first_last_bits")
+    )
+    return _prepare(model, example_inputs, targets, options.get("recipe", "default"), widths, options.get("seed", 0))
+
+
+def _prepare(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Batch | None,
+    targets: tuple[Backend, ...],
+    recipe: str | Recipe,
+    widths: Widths,
+    seed: int,
+) -> tuple[Prepared, ...]:
     chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
     captured = capture(model, example_inputs)
     fold.fold_batch_norms(captured.module)
     fold.untie_biases(captured.module)
-    widths = Widths(weight=weight_bits, activation=activation_bits, first_last=first_last_bits)
-    plan = make_plan(captured.module, target, widths)
+    shared: dict[object, Observer] = {}
+    several = len(targets) > 1
+    plans = [make_plan(captured.module, target, widths) for target in targets]
+    return tuple(_prepared(captured, plan, target, chosen, seed, shared, several) for plan, target in zip(plans, targets, strict=True))
+
+
+def _prepared(
+    captured: Captured,
+    plan: Plan,
+    target: Backend,
+    recipe: Recipe,
+    seed: int,
+    shared: dict[object, Observer],
+    own_parameters: bool,
+) -> Prepared:
+    """One target's simulation. Groups of the same tensors with the same statistics have one observer in `shared`."""
     if not any(tensor.role == "weight" and tensor.spec for tensor in plan.tensors):
         ops = ", ".join(sorted({tensor.op for tensor in plan.tensors if tensor.role == "activation"}))
         raise InputError(f"backend '{target.name}' finds no layer to quantize", found=f"ops: {ops}", action="see qdeploy inspect")
     _check_float32(captured.module, plan)
-
-    def observer(role: Role, spec: QuantSpec) -> Observer:
-        choice = chosen.weight if role == "weight" else chosen.activation
-        # a constant is all there is to observe, so its extremes are its range
-        return make_observer("minmax", spec, {}) if role == "constant" else make_observer(choice.observer, spec, choice.options)
-
-    quantizers = insert_quantizers(captured.module, plan, observer)
-    return Prepared(captured, plan, target, chosen, seed, quantizers)
+    specs = {planned.group: planned.spec for planned in plan.quantized if planned.spec is not None}
+    observers: dict[str, Observer] = {}
+    for group, tensors in observed(plan).items():
+        choice = recipe.choice("activation", specs[group])
+        made = make_observer(choice.observer, specs[group], choice.options)
+        key = (choice.observer, repr(sorted(choice.options.items())), specs[group].axis, frozenset(tensors))
+        observers[group] = shared.setdefault(key, made)
+    module = graph.copy(captured.module, own_parameters)
+    quantizers = insert_quantizers(module, plan)
+    return Prepared(captured, module, plan, target, recipe, seed, quantizers, observers)
 
 
 def _check_float32(module: fx.GraphModule, plan: Plan) -> None:
@@ -82,32 +197,59 @@ def _check_float32(module: fx.GraphModule, plan: Plan) -> None:
             raise InputError("the model is not in float32", found=found, action="call model.float(), and give float32 examples")
 
 
-def calibrate(prepared: Prepared, batches: Iterable[Batch], watch: Callable[[int], None] = lambda samples: None) -> Prepared:
+def calibrate(prepared: Prepared, batches: Iterable[Batch], watch: Watch = unwatched) -> Prepared:
     """Pass `batches` once through `prepared` and fix all ranges. `watch` is told the samples done. Returns `prepared`.
 
     Raises `InputError` where a batch does not fit, holds NaN or Inf, or where there is none.
     """
-    if prepared.calibrated:
+    return calibrate_all((prepared,), batches, watch)[0]
+
+
+def calibrate_all(several: Sequence[Prepared], batches: Iterable[Batch], watch: Watch = unwatched) -> Sequence[Prepared]:
+    """`calibrate` for all that one `prepare_all` made, in one pass over the data."""
+    if any(one.calibrated for one in several):
         raise OptionError("the model is calibrated already", action="prepare it again")
-    torch.manual_seed(prepared.seed)
-    with prepared.mode("observe"), torch.no_grad():
+    if not several or any(one.captured is not several[0].captured for one in several):
+        raise OptionError("these models were not prepared together", action="name all backends in one call of prepare")
+    first = several[0]
+    torch.manual_seed(first.seed)
+    watching = watched(first.captured.module, _by_tensor(several))
+    with torch.no_grad():
         for item in batches:
             batch = (item,) if isinstance(item, Tensor) else tuple(item)
-            prepared.check(batch)
-            prepared(*batch)
-            prepared.remember(batch)
-            prepared.samples_seen += len(batch[0])
-            watch(prepared.samples_seen)
-    if not prepared.samples_seen:
+            first.check(batch)
+            watching(*batch)
+            first.remember(batch)
+            first.samples_seen += len(batch[0])
+            watch(first.samples_seen)
+    if not first.samples_seen:
         raise InputError("there is no calibration data", action="give at least one batch")
-    freeze(prepared.module, prepared.plan, prepared.quantizers)
-    prepared.calibrated = True
-    prepared.set_mode("quantize")
-    return prepared
+    for one in several:
+        one.samples_seen, one.reference = first.samples_seen, first.reference
+        freeze(one.module, one.plan, one.quantizers, one.observers, partial(_observer, one.recipe))
+        one.calibrated, one.observers = True, {}
+        one.set_mode("quantize")
+    return several
+
+
+def _by_tensor(several: Sequence[Prepared]) -> dict[str, list[Observer]]:
+    """The observers that each tensor is shown to, every one once."""
+    found: dict[str, list[Observer]] = {}
+    for one in several:
+        for group, tensors in observed(one.plan).items():
+            for tensor in tensors:
+                if all(one.observers[group] is not other for other in found.setdefault(tensor, [])):
+                    found[tensor].append(one.observers[group])
+    return found
+
+
+def _observer(recipe: Recipe, role: Role, spec: QuantSpec) -> Observer:
+    choice = recipe.choice(role, spec)
+    return make_observer(choice.observer, spec, choice.options)
 
 
 def convert(prepared: Prepared, out: str | Path, file_format: str | None = None) -> Artifact:
-    """Write the artifact of a calibrated model into the folder `out`; `file_format` is the version of the backend's scale file.
+    """Write the artifact of a calibrated model into the folder `out`; `file_format` is one of the backend's formats.
 
     Raises `InputError` where `out` holds something else, `OptionError` for a format that the backend does not write.
     """
@@ -116,36 +258,32 @@ def convert(prepared: Prepared, out: str | Path, file_format: str | None = None)
     out = Path(out)
     artifact.check_free(out)
     backend = prepared.backend
-    version = backend.choose_format(file_format)
+    form = backend.choose_format(file_format)
     encodings = prepared.encodings()
-    notes = list(prepared.captured.notes)
-    exported = emit.export(prepared)
-    plain = emit.to_bytes(emit.float_view(exported))
-    quantized = emit.to_bytes(emit.qdq_view(exported, encodings))
-    files = {artifact.MODEL: quantized}
-    if backend.emits == "float":
-        simple, note = emit.simplify_float(plain, [e.tensor for e in encodings])
-        notes.append(note)
-        files = {artifact.MODEL: simple, artifact.SIMULATION: quantized}
-    if backend.write is not None:
-        files |= {name: text.encode() for name, text in backend.write(encodings, version).items()}
+    files, float_bytes, note = emit.files(prepared, form, encodings)
+    if form.write is not None:
+        written = form.write(emitted(files[artifact.MODEL], encodings))
+        assert tuple(written) == form.files, f"{backend.name}: {tuple(written)}"
+        files |= {name: text.encode() for name, text in written.items()}
     files[artifact.REFERENCE] = artifact.npz(_reference(prepared))
     manifest = {
         "schema": artifact.SCHEMA,
         "qdeploy": __version__,
         "backend": backend.name,
         "title": backend.title,
-        "format": version,
-        "command": backend.command,
+        "format": form.name,
+        "command": form.command,
         "runtimes": list(backend.runtimes),
         "recipe": _plain_recipe(prepared.recipe),
         "seed": prepared.seed,
         "calibration_samples": prepared.samples_seen,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")},
-        "notes": notes,
-        "float_bytes": len(plain),
+        "notes": [*prepared.captured.notes, *note],
+        "float_bytes": float_bytes,
         "inputs": [asdict(spec) for spec in prepared.captured.inputs],
-        "outputs": emit.output_names(prepared.module),
+        "outputs": emit.output_names(prepared.captured.module),
+        "tie_free": prepared.plan.tie_free,
+        "exact": prepared.plan.exact,
         "planned": [tensor.tensor for tensor in prepared.plan.quantized],
         "float": {tensor.tensor: tensor.reason for tensor in prepared.plan.tensors if tensor.spec is None},
         "encodings": [encoding.to_json() for encoding in encodings],
@@ -159,7 +297,7 @@ def verify(
     runtime: str | Sequence[str] | None = None,
     labels: Sequence[int] | Tensor | NDArray[Any] | None = None,
     simulation: Prepared | None = None,
-    watch: Callable[[int], None] = lambda samples: None,
+    watch: Watch = unwatched,
 ) -> Report:
     """Run the artifact in the folder `out` on real runtimes and compare; see `qdeploy.verification`."""
     opened = out if isinstance(out, Artifact) else Artifact.open(out)
@@ -167,23 +305,49 @@ def verify(
     return verify_artifact(opened, batches, runtime, numbers, simulation, watch)
 
 
+@overload
 def quantize(
     model: nn.Module | ExportedProgram,
     batches: Iterable[Batch],
-    backend: str | Backend,
+    backend: Target,
     out: str | Path,
-    recipe: str | Recipe = "default",
-    weight_bits: int | None = None,
-    activation_bits: int | None = None,
-    first_last_bits: int | None = None,
-    seed: int = 0,
+    *,
+    file_format: str | None = ...,
+    **options: Unpack[Options],
+) -> Artifact: ...
+
+
+@overload
+def quantize(
+    model: nn.Module | ExportedProgram,
+    batches: Iterable[Batch],
+    backend: list[Target] | list[str] | tuple[Target, ...],
+    out: str | Path,
+    *,
+    file_format: str | None = ...,
+    **options: Unpack[Options],
+) -> tuple[Artifact, ...]: ...
+
+
+def quantize(
+    model: nn.Module | ExportedProgram,
+    batches: Iterable[Batch],
+    backend: Target | Sequence[Target],
+    out: str | Path,
+    *,
     file_format: str | None = None,
-) -> Artifact:
+    **options: Unpack[Options],
+) -> Artifact | tuple[Artifact, ...]:
     """Prepare, calibrate on `batches`, convert into `out`, and verify on the saved samples with every runtime at hand.
 
-    The report is in the artifact's `manifest["verify"]`.
+    The report is in the artifact's `manifest["verify"]`. A list of backends gives one artifact each, in folders of `out` with their
+    names; the data is passed once.
     """
-    artifact.check_free(Path(out))
+    single = isinstance(backend, str | Backend)
+    targets = (find_backend(backend),) if isinstance(backend, str | Backend) else find_backends(backend)
+    places = [Path(out) if single else Path(out) / target.name for target in targets]
+    for place in places:
+        artifact.check_free(place)
     stream = iter(batches)
     first = next(stream, None)
     if first is None:
@@ -193,11 +357,12 @@ def quantize(
         yield first
         yield from stream
 
-    prepared = prepare(model, first, backend, recipe, weight_bits, activation_bits, first_last_bits, seed)
-    calibrate(prepared, whole())
-    with artifact.staged(Path(out)) as place:
-        verify(convert(prepared, place, file_format))
-    return Artifact.open(out)
+    made = calibrate_all(prepare_all(model, first, targets, **options), whole())
+    for prepared, place in zip(made, places, strict=True):
+        with artifact.staged(place) as fresh:
+            verify(convert(prepared, fresh, file_format))
+    written = tuple(Artifact.open(place) for place in places)
+    return written[0] if single else written
 
 
 def _plain_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -211,5 +376,5 @@ def _reference(prepared: Prepared) -> artifact.Arrays:
     for label, mode in (("float", "float"), ("simulated", "quantize")):
         with prepared.mode(mode):  # type: ignore[arg-type]
             made = prepared.flat(inputs)
-        arrays |= {f"{label}.{name}": t.numpy() for name, t in zip(emit.output_names(prepared.module), made, strict=True)}
+        arrays |= {f"{label}.{name}": t.numpy() for name, t in zip(emit.output_names(prepared.captured.module), made, strict=True)}
     return arrays

@@ -33,7 +33,7 @@ MANIFEST = "qdeploy.json"
 MODEL = "model.onnx"
 SIMULATION = "model.sim.onnx"
 REFERENCE = "reference.npz"
-_NEEDED = ("runtimes", "float_bytes", "inputs", "outputs", "planned", "encodings")
+_NEEDED = ("runtimes", "float_bytes", "inputs", "outputs", "tie_free", "planned", "encodings")
 """What `verify` reads from a manifest."""
 
 Arrays = dict[str, NDArray[Any]]

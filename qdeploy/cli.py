@@ -31,6 +31,10 @@ BATCH = 32
 
 Model = Annotated[str, typer.Argument(help="a .pt2, a pickled module, a state dict (with --arch), or MODULE:CALLABLE")]
 BackendName = Annotated[str, typer.Option("--backend", help="the target: see `qdeploy backends`, or your own NPU.py")]
+BackendNames = Annotated[str, typer.Option("--backend", help="the target, or several with commas: see `qdeploy backends`")]
+Scheme = "such as 'int4 symmetric per-channel', where the target leaves the choice"
+WeightScheme = Annotated[str | None, typer.Option("--weight-scheme", help=f"of weights, {Scheme}")]
+ActivationScheme = Annotated[str | None, typer.Option("--activation-scheme", help=f"of activations, {Scheme}")]
 DataPath = Annotated[str | None, typer.Option("--data", help="a folder of images, .npy, .npz or MODULE:CALLABLE")]
 Labels = Annotated[str | None, typer.Option("--labels", help="class numbers: .npy, .npz or .txt, one a sample")]
 Arch = Annotated[str | None, typer.Option("--arch", help="MODULE:CALLABLE that makes the network of a state dict")]
@@ -51,19 +55,23 @@ Name = Annotated[str | None, typer.Argument(help="show this one")]
 @app.command()
 def quantize(
     model: Model,
-    backend: BackendName,
+    backend: BackendNames,
     data: DataPath = None,
     recipe: Annotated[str, typer.Option(help="a name of `qdeploy recipes`, or FILE.toml")] = "default",
     samples: Annotated[int, typer.Option(help="how many samples to calibrate with")] = 512,
     weight_bits: WeightBits = None,
     activation_bits: ActivationBits = None,
     first_last_bits: FirstLastBits = None,
+    weight_scheme: WeightScheme = None,
+    activation_scheme: ActivationScheme = None,
     arch: Arch = None,
     input_shape: Shape = None,
-    out: Annotated[Path, typer.Option(help="the folder to write")] = Path("out"),
+    out: Annotated[Path, typer.Option(help="the folder to write; with several targets, of their folders")] = Path("out"),
     seed: Annotated[int, typer.Option(help="of the choice of samples, and of everything random")] = 0,
     allow_pickle: Pickle = False,
-    file_format: Annotated[str | None, typer.Option("--format", help="version of the target's scale file")] = None,
+    file_format: Annotated[
+        str | None, typer.Option("--format", help="which of the target's formats, see `qdeploy backends NAME`")
+    ] = None,
     verify_data: Annotated[str | None, typer.Option(help="verify on these samples, not on 64 of --data")] = None,
     labels: Labels = None,
     runtime: RuntimeNames = None,
@@ -73,48 +81,72 @@ def quantize(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize MODEL for a target, write the artifact, and verify it on the runtimes that are installed."""
+    """Quantize MODEL for a target or several, write the artifacts, and verify them on the runtimes that are installed."""
     import torch
 
     from qdeploy import api, artifact
     from qdeploy.files.data import open_data
 
     screen = Screen(as_json, quiet)
-    target = api.find_backend(backend)
-    target.choose_format(file_format)
+    targets = api.find_backends(backend)
+    places = [out / target.name if len(targets) > 1 else out for target in targets]
+    for target, place in zip(targets, places, strict=True):
+        target.choose_format(file_format)
+        artifact.check_free(place)
     _check_choices(recipe, runtime, samples, seed)
     if labels and not verify_data:
         raise OptionError("--labels go with --verify-data", action="name the samples that the labels belong to")
     if data is None:
         raise InputError("calibration data is missing", action="give --data: a folder of images, .npy, .npz or MODULE:CALLABLE")
-    artifact.check_free(out)
     images = _image_options(mean, std, resize)
     loaded, specs = _load(model, arch, allow_pickle, input_shape, data)
     calibration = open_data(data, specs, images).pick(samples, seed)
     evaluation = open_data(verify_data, specs, images, labels) if verify_data else None
     # a program brings its own example, of the batch that it was exported with
     example = next(calibration.batches(BATCH)) if isinstance(loaded, torch.nn.Module) else None
+    options = api.Options(
+        recipe=recipe,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        first_last_bits=first_last_bits,
+        seed=seed,
+        weight_scheme=weight_scheme,
+        activation_scheme=activation_scheme,
+    )
     with hushed():
-        prepared = api.prepare(loaded, example, target, recipe, weight_bits, activation_bits, first_last_bits, seed)
-    with screen.progress("calibrate", _count(calibration, prepared)) as watch:
-        api.calibrate(prepared, _batches(calibration, prepared), watch)
+        several = api.prepare_all(loaded, example, targets, **options)
+    with screen.progress("calibrate", _count(calibration, several[0])) as watch:
+        api.calibrate_all(several, _batches(calibration, several[0]), watch)
+    done = [_write(one, place, file_format, evaluation, runtime, screen) for one, place in zip(several, places, strict=True)]
+    screen.dump(done if len(targets) > 1 else done[0])
+    if not all(row["verify"]["passed"] for row in done):
+        raise typer.Exit(1)
+
+
+def _write(
+    prepared: Prepared, out: Path, file_format: str | None, evaluation: Data | None, runtime: list[str] | None, screen: Screen
+) -> dict[str, Any]:
+    """Write and verify one target's artifact, and print what came of it."""
+    from qdeploy import api, artifact
+
     with artifact.staged(out) as place:
-        screen.say("write ONNX")
+        screen.say(f"write ONNX for {prepared.backend.name}")
         written = api.convert(prepared, place, file_format)
         if evaluation is None:
             report = api.verify(written, runtime=runtime)
         else:
-            with screen.progress("verify", _count(evaluation, prepared)) as watch:
-                used = _count(evaluation, prepared)
-                numbers = None if evaluation.labels is None else evaluation.labels[:used]
+            used = _count(evaluation, prepared)
+            numbers = None if evaluation.labels is None else evaluation.labels[:used]
+            with screen.progress("verify", used) as watch:
                 report = api.verify(written, _batches(evaluation, prepared), runtime, numbers, prepared, watch)
     command = written.manifest["command"].replace("{out}", str(out))
-    screen.show({"out": str(out), "backend": target.name, "command": command, "verify": report.to_json()}, lambda: print_report(report))
+    screen.print(lambda: print_report(report))
     screen.say(f"\nwritten to {out}: {', '.join((*written.manifest['files'], artifact.MANIFEST))}")
     for note in written.manifest["notes"]:
         screen.say(f"note: {note}")
-    screen.say(f"next: {command}")
-    _finish(report)
+    if command:
+        screen.say(f"next: {command}")
+    return {"out": str(out), "backend": prepared.backend.name, "command": command, "verify": report.to_json()}
 
 
 @app.command()
@@ -163,6 +195,8 @@ def inspect(
     weight_bits: WeightBits = None,
     activation_bits: ActivationBits = None,
     first_last_bits: FirstLastBits = None,
+    weight_scheme: WeightScheme = None,
+    activation_scheme: ActivationScheme = None,
     arch: Arch = None,
     input_shape: Shape = None,
     allow_pickle: Pickle = False,
@@ -174,7 +208,9 @@ def inspect(
     target = api.find_backend(backend)
     loaded, specs = _load(model, arch, allow_pickle, input_shape, data)
     with hushed():
-        prepared = api.prepare(loaded, _zeros(specs), target, "fast", weight_bits, activation_bits, first_last_bits)
+        prepared = api.prepare(
+            loaded, _zeros(specs), target, "fast", weight_bits, activation_bits, first_last_bits, 0, weight_scheme, activation_scheme
+        )
     columns = ("tensor", "role", "op", "scheme", "reason")
     rows = [dict(zip(columns, row, strict=True)) for row in prepared.plan.rows()]
     Screen(as_json, False).show({"backend": target.name, "tensors": rows}, lambda: print(prepared.plan))
@@ -191,12 +227,14 @@ def backends(name: Name = None, as_json: Json = False) -> None:
             "hardware": b.title,
             "weights": b.weight.describe(),
             "activations": b.activation.describe(),
-            "bias": b.bias,
+            "bias": b.bias if isinstance(b.bias, str) else b.bias.describe(),
             "weight_bits": list(b.weight_bits),
             "activation_bits": list(b.activation_bits),
-            "formats": list(b.formats),
+            "formats": [form.name for form in b.formats],
+            "files": list(b.formats[0].files),
             "runtimes": list(b.runtimes),
-            "command": b.command,
+            "command": b.formats[0].command,
+            "sources": list(b.sources),
         }
         for b in ([registry[name]] if name else registry)
     ]

@@ -1,9 +1,9 @@
-"""From the simulation to ONNX: one export, and two views of it.
+"""From the captured graph to ONNX: one export for all targets, and views of it.
 
-`torch.onnx.export` translates every fake-quantizer into a marker node `qdeploy::FakeQuantize` that carries its tensor's name. The
-float view drops the markers; the QDQ view turns each into QuantizeLinear and DequantizeLinear with the numbers of its `Encoding`,
-and a marked parameter into stored integers and DequantizeLinear. In both an encoded tensor has the name of its encoding; where a
-graph output is quantized, that name is the output's and the tensor before quantization is `<name>_float`.
+The export has a marker node `qdeploy::edge` on every edge of a float tensor, with the names of the tensor and of its reader. The float
+view drops them; the QDQ view of a target puts the nodes of `lower` on the edges that its plan quantizes. In both an encoded tensor has
+the name of its encoding; where a graph output is quantized, that name is the output's and the tensor before is `<name>_float`.
+Parameters have the values of the target's own simulation.
 """
 
 from __future__ import annotations
@@ -13,53 +13,104 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxscript
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.export import Dim
 
-from qdeploy import __version__, arith, graph
+from qdeploy import __version__, arith, artifact, graph
+from qdeploy.backend import Format
+from qdeploy.capture import Captured
 from qdeploy.errors import CaptureError
+from qdeploy.functions import DOMAIN, add_functions
+from qdeploy.lower import Lowering
+from qdeploy.onnxfile import half_precision, simplify_float
+from qdeploy.ops import MAX_POOL, MOVE
 from qdeploy.prepared import Prepared
-from qdeploy.spec import Encoding, QuantSpec
+from qdeploy.quantizer import Average
+from qdeploy.spec import Encoding
 
-DOMAIN = "qdeploy"
 _IR_VERSION = 10
+_KEEP = (MOVE | MAX_POOL) - {"pad"}
+"""Ops whose outputs are some of their inputs' values."""
+_OUTPUT = "<output>"
 _Opset = onnxscript.values.Opset(DOMAIN, 1)
 _schema = onnx.defs.OpSchema
 _MARKER = onnxscript.values.Op(
     _Opset,
-    "FakeQuantize",
+    "edge",
     _schema(
-        "FakeQuantize",
+        "edge",
         DOMAIN,
         1,
         inputs=[_schema.FormalParameter("x", "T")],
         outputs=[_schema.FormalParameter("y", "T")],
         type_constraints=[("T", ["tensor(float)"], "")],
-        attributes=[_schema.Attribute("tensor", _schema.AttrType.STRING, "the name of x")],
+        attributes=[
+            _schema.Attribute("tensor", _schema.AttrType.STRING, "the name of x"),
+            _schema.Attribute("reader", _schema.AttrType.STRING, "who reads it"),
+        ],
     ),
 )
+_exported: WeakKeyDictionary[fx.GraphModule, dict[int, ir.Model]] = WeakKeyDictionary()
+"""The exports of each captured graph, by opset."""
 
 
-def export(prepared: Prepared) -> ir.Model:
-    """The simulation as ONNX with markers, all names in place, nothing in it of where it was made."""
-    module = prepared.module
-    shapes = tuple({0: Dim("batch")} if spec.shape and spec.shape[0] is None else None for spec in prepared.captured.inputs)
-    with prepared.mode("quantize"), _quiet():
+@torch.library.custom_op("qdeploy::edge", mutates_args=())
+def edge(x: Tensor, tensor: str, reader: str) -> Tensor:
+    """A marker: `x`, the tensor called `tensor`, on its way to `reader`."""
+    return x.clone()
+
+
+@edge.register_fake
+def _(x: Tensor, tensor: str, reader: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def files(prepared: Prepared, form: Format, encodings: Sequence[Encoding]) -> tuple[dict[str, bytes], int, list[str]]:
+    """model.onnx as `form` has it, model.sim.onnx where that computes something else, the bytes of the float model, and notes."""
+    exported = export(prepared.captured, prepared.backend.opset)
+    plain = to_bytes(float_view(exported, prepared))
+    literal = to_bytes(qdq_view(exported, prepared, encodings))
+    notes = []
+    if form.model == "qdq":
+        model = to_bytes(qdq_view(exported, prepared, encodings, literal=False))
+    elif form.model == "float":
+        clipped = to_bytes(float_view(exported, prepared, encodings if form.clip_weights else ()))
+        model, note = simplify_float(clipped, [e.tensor for e in encodings])
+        notes.append(note)
+    else:
+        model = half_precision(to_bytes(float_view(exported, prepared, encodings)))
+    made = {artifact.MODEL: model}
+    return made if model == literal else made | {artifact.SIMULATION: literal}, len(plain), notes
+
+
+def export(captured: Captured, opset: int) -> ir.Model:
+    """The captured graph as ONNX with markers, all names in place, nothing in it of where it was made. Made once."""
+    known = _exported.setdefault(captured.module, {})
+    if opset not in known:
+        known[opset] = _export(captured, opset)
+    return known[opset]
+
+
+def _export(captured: Captured, opset: int) -> ir.Model:
+    module = _marked(captured.module)
+    shapes = tuple({0: Dim("batch")} if spec.shape and spec.shape[0] is None else None for spec in captured.inputs)
+    with _quiet():
         try:
             program = torch.onnx.export(
                 module,
-                prepared.captured.example,
+                captured.example,
                 dynamo=True,
                 dynamic_shapes=shapes if any(shapes) else None,
-                opset_version=prepared.backend.opset,
+                opset_version=opset,
                 custom_translation_table=_translations(module),
-                input_names=[spec.name for spec in prepared.captured.inputs],
+                input_names=[spec.name for spec in captured.inputs],
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
@@ -71,8 +122,25 @@ def export(prepared: Prepared) -> ir.Model:
     model = program.model
     _clean(model)
     _untie(model)
-    _name(model, output_names(module))
+    _name(model, output_names(captured.module))
+    _name_nodes(model)
     return model
+
+
+def _marked(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph with a marker on every edge of a float tensor."""
+    copy = graph.copy(module)
+    for node in list(copy.graph.nodes):
+        if not graph.is_float(node) or node.op not in ("placeholder", "call_function", "get_attr"):
+            continue
+        for user in list(node.users):
+            with copy.graph.inserting_before(user):
+                arguments = (node, graph.tensor_name(node), graph.reader_name(user))
+                marker = copy.graph.call_function(torch.ops.qdeploy.edge.default, arguments)
+            marker.meta["val"] = graph.value(node)
+            user.replace_input_with(node, marker)
+    copy.recompile()
+    return copy
 
 
 def output_names(module: fx.GraphModule) -> list[str]:
@@ -80,71 +148,131 @@ def output_names(module: fx.GraphModule) -> list[str]:
     taken = {graph.tensor_name(node) for node in module.graph.nodes}
     names: list[str] = []
     for node in graph.outputs(module.graph):
-        source = node.args[0] if node.op == "call_module" else node
-        assert isinstance(source, fx.Node)
-        name = graph.tensor_name(source)
-        alias = name in names or source.op != "call_function"
+        name = graph.tensor_name(node)
+        alias = name in names or node.op != "call_function"
         names.append(_fresh(f"{name}_output", taken) if alias else name)
     return names
 
 
-def float_view(model: ir.Model) -> ir.Model:
-    """A copy of an exported model without its markers: the float model."""
-    copy = model.clone()
-    outputs = {id(value): position for position, value in enumerate(copy.graph.outputs)}
-    for marker in _markers(copy):
-        raw, result = marker.inputs[0], marker.outputs[0]
-        assert raw is not None
-        if id(result) in outputs:
-            raw.name, raw.shape = result.name, result.shape
-            copy.graph.outputs[outputs[id(result)]] = raw
-        result.replace_all_uses_with(raw)
-        copy.graph.remove(marker, safe=True)
-    _finish(copy)
-    return copy
+def float_view(exported: ir.Model, prepared: Prepared, clip: Sequence[Encoding] = ()) -> ir.Model:
+    """The float model, its parameters confined to the values that the grids of `clip` reach (and rounded, where they are float16)."""
+    model = _fresh_copy(exported, prepared)
+    for encoding in clip:
+        if encoding.role != "activation":
+            _confine(model.graph.initializers[encoding.tensor], encoding)
+    for marker in _markers(model):
+        _bypass(model, marker)
+    model.opset_imports.pop(DOMAIN, None)
+    return model
 
 
-def qdq_view(model: ir.Model, encodings: Sequence[Encoding]) -> ir.Model:
-    """A copy of an exported model with the encodings as QuantizeLinear and DequantizeLinear: the simulation in standard ONNX."""
-    copy = model.clone()
-    taken = {str(value.name) for value in _values(copy)}
+def qdq_view(exported: ir.Model, prepared: Prepared, encodings: Sequence[Encoding], literal: bool = True) -> ir.Model:
+    """The simulation in ONNX; without `literal` in standard operators only, which round half to even and divide averages exactly."""
+    model = _fresh_copy(exported, prepared)
+    taken = {str(named.name) for named in (*_values(model), *model.graph)}
+    lowering = Lowering(model, taken, literal)
     by_name = {encoding.tensor: encoding for encoding in encodings}
-    for marker in _markers(copy):
-        encoding = by_name[marker.attributes["tensor"].as_string()]
+    planned = {tensor.tensor: tensor for tensor in prepared.plan.quantized}
+    groups: dict[str, list[ir.Node]] = {}
+    for marker in _markers(model):
+        groups.setdefault(_text(marker, "tensor"), []).append(marker)
+    for tensor, markers in groups.items():
+        readers = planned[tensor].readers if tensor in planned else ()
+        quantized = [m for m in markers if _text(m, "reader") in readers]
+        for marker in markers:
+            if marker not in quantized:
+                _bypass(model, marker)
+        if quantized:
+            # what only passes through is on the grid already, unless it is averaged or padded
+            on_grid = not planned[tensor].observe and planned[tensor].op in _KEEP
+            _lower(model, lowering, by_name[tensor], quantized, on_grid, prepared.quantizers[tensor].averages.get(tensor))
+    model.opset_imports.pop(DOMAIN, None)
+    add_functions(model, lowering.functions, prepared.backend.opset)
+    return model
+
+
+def _lower(
+    model: ir.Model, lowering: Lowering, encoding: Encoding, markers: Sequence[ir.Node], on_grid: bool, average: Average | None
+) -> None:
+    """Put the nodes of one encoding on the edges `markers`."""
+    raw = markers[0].inputs[0]
+    assert raw is not None
+    stored = raw.name in model.graph.initializers
+    if stored:
+        assert raw.const_value is not None
+        nodes = lowering.parameter(raw.const_value.numpy(), encoding)
+    else:
+        nodes = lowering.activation(raw, encoding, on_grid, average)
+    model.graph.insert_before(markers[0], nodes)
+    last = nodes[-1].outputs[0]
+    if not stored and any(marker.outputs[0].name == encoding.tensor for marker in markers):
+        raw.name = lowering.fresh(f"{encoding.tensor}_float")
+    for marker in markers:
+        _replace(model, marker, last, encoding.tensor)
+    if stored and not raw.uses():
+        del model.graph.initializers[encoding.tensor]
+        last.name = encoding.tensor
+
+
+def _bypass(model: ir.Model, marker: ir.Node) -> None:
+    raw = marker.inputs[0]
+    assert raw is not None
+    _replace(model, marker, raw, _text(marker, "tensor"))
+
+
+def _replace(model: ir.Model, marker: ir.Node, value: ir.Value, tensor: str) -> None:
+    """`value` takes the place of a marker. As a graph output it has the output's name, where it is not one already or a parameter."""
+    result = marker.outputs[0]
+    for position, output in enumerate(model.graph.outputs):
+        if output is result:
+            name = str(result.name)
+            if name != tensor:
+                copy = ir.node("Identity", [value], name=f"{name}_Identity")
+                model.graph.insert_before(marker, [copy])
+                value_out = copy.outputs[0]
+            else:
+                value_out = value
+            value_out.name, value_out.shape, value_out.type = name, result.shape, result.type
+            model.graph.outputs[position] = value_out
+    result.replace_all_uses_with(value)
+    model.graph.remove(marker, safe=True)
+
+
+def _fresh_copy(exported: ir.Model, prepared: Prepared) -> ir.Model:
+    """A copy of an export with the parameters of `prepared`."""
+    model = exported.clone()
+    for marker in _markers(model):
         raw = marker.inputs[0]
         assert raw is not None
-        if raw.name in copy.graph.initializers:
-            _lower_parameter(copy, marker, encoding, taken)
-        else:
-            _lower_activation(copy, marker, encoding, taken)
-    _finish(copy)
-    return copy
+        if raw.name in model.graph.initializers:
+            values = graph.parameter(prepared.module, _text(marker, "tensor")).detach().cpu().numpy()
+            raw.const_value = ir.tensor(np.ascontiguousarray(values), name=raw.name)
+    return model
 
 
-def tensor_names(model: onnx.ModelProto) -> set[str]:
-    """Every name of a tensor in the main graph."""
-    g = model.graph
-    names = {value.name for value in (*g.input, *g.output)} | {tensor.name for tensor in g.initializer}
-    return names | {name for node in g.node for name in (*node.input, *node.output)}
-
-
-def onnx_type(spec: QuantSpec) -> ir.DataType:
-    """The ONNX integer type that stores the codes of `spec`: the next wider one for odd widths."""
-    width = next(width for width in (8, 16, 32) if spec.bits <= width)
-    return ir.DataType[f"{'' if spec.signed else 'U'}INT{width}"]
+def _confine(value: ir.Value, encoding: Encoding) -> None:
+    assert value.const_value is not None
+    array = value.const_value.numpy()
+    if encoding.spec.linear or encoding.spec.grid == "log":
+        shape = [-1 if axis == encoding.spec.axis else 1 for axis in range(array.ndim)]
+        confined = np.clip(array, encoding.low.reshape(shape), encoding.high.reshape(shape)).astype(np.float32)
+    else:
+        scale, zero = torch.from_numpy(encoding.scale.copy()), torch.from_numpy(encoding.zero_point.copy())
+        confined = arith.fake_quantize(torch.from_numpy(np.array(array)), scale, zero, encoding.spec).numpy()
+    value.const_value = ir.tensor(confined, name=value.name)
 
 
 def _translations(module: fx.GraphModule) -> dict[Callable[..., Any], Callable[..., Any]]:
     """What the exporter must translate our way: the marker, and adaptive pooling, which it would spell with strides and Gather."""
-    table: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.qdeploy.fake_quantize.default: _marker}
+    table: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.qdeploy.edge.default: _marker}
     pools = [n for n in module.graph.nodes if str(n.target) == "aten.adaptive_avg_pool2d.default"]
     if pools and all(list(n.args[1]) == [1, 1] for n in pools):
         table[torch.ops.aten.adaptive_avg_pool2d.default] = _global_average_pool
     return table
 
 
-def _marker(x: Any, scale: Any, zero_point: Any, bits: int, signed: bool, narrow: bool, axis: int, rounding: str, tensor: str) -> Any:
-    return _MARKER(x, tensor=tensor)
+def _marker(x: Any, tensor: str, reader: str) -> Any:
+    return _MARKER(x, tensor=tensor, reader=reader)
 
 
 def _global_average_pool(x: Any, output_size: Any) -> Any:
@@ -181,14 +309,18 @@ def _clean(model: ir.Model) -> None:
 
 
 def _markers(model: ir.Model) -> list[ir.Node]:
-    return [node for node in model.graph if node.domain == DOMAIN]
+    return [node for node in model.graph if node.domain == DOMAIN and node.op_type == "edge"]
+
+
+def _text(marker: ir.Node, attribute: str) -> str:
+    return marker.attributes[attribute].as_string()
 
 
 def _untie(model: ir.Model) -> None:
     """Part again what the exporter merged because it is equal, where the parts have encodings of their own."""
     owners: dict[int, str] = {}
     for marker in _markers(model):
-        raw, name = marker.inputs[0], marker.attributes["tensor"].as_string()
+        raw, name = marker.inputs[0], _text(marker, "tensor")
         assert raw is not None and raw.name is not None
         if owners.setdefault(id(raw), name) == name:
             continue
@@ -219,20 +351,18 @@ def _fresh(name: str, taken: set[str]) -> str:
 
 
 def _name(model: ir.Model, outputs: Sequence[str]) -> None:
-    """Give marked tensors the names of their encodings and the outputs theirs; move others out of the way."""
+    """Give marked tensors their names and the outputs theirs; move others out of the way."""
     targets = {id(value): value.name or "" for value in model.graph.inputs}
-    targets |= {id(value): name for value, name in zip(model.graph.outputs, outputs, strict=True)}
-    markers = [(marker.attributes["tensor"].as_string(), marker.inputs[0], marker.outputs[0]) for marker in _markers(model)]
-    taken = {*targets.values(), *(name for name, _, _ in markers)}
-    for name, raw, made in markers:
-        is_output = id(made) in targets
-        targets[id(raw)] = _fresh(f"{name}_float", taken) if is_output else name
-        if not is_output:
-            targets[id(made)] = _fresh(f"{name}_dequantized", taken)
+    made = {id(value): name for value, name in zip(model.graph.outputs, outputs, strict=True)}
+    markers = [(_text(marker, "tensor"), _text(marker, "reader"), marker.inputs[0], marker.outputs[0]) for marker in _markers(model)]
+    taken = {*targets.values(), *outputs, *(tensor for tensor, _, _, _ in markers)}
+    for tensor, reader, raw, result in markers:
+        targets.setdefault(id(raw), tensor)
+        targets[id(result)] = made.get(id(result)) or _fresh(f"{tensor}>{reader}", taken)
     values = _values(model)
     for value in values:
         if id(value) not in targets and value.name in taken:
-            targets[id(value)] = _fresh(f"{value.name}_unquantized", taken)
+            targets[id(value)] = _fresh(f"{value.name}_unnamed", taken)
     for value in values:
         if id(value) in targets and value.name != targets[id(value)]:
             _rename(model, value, targets[id(value)])
@@ -247,94 +377,16 @@ def _rename(model: ir.Model, value: ir.Value, name: str) -> None:
         value.name = name
 
 
-def _constant(model: ir.Model, name: str, array: np.ndarray[Any, Any], dtype: ir.DataType) -> ir.Value:
-    tensor = ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype), const_value=tensor)
-    model.graph.register_initializer(value)
-    return value
-
-
-def _numbers(model: ir.Model, encoding: Encoding, taken: set[str]) -> tuple[ir.Value, ir.Value]:
-    """Scale and zero_point as initializers: scalars, or vectors for a per-channel encoding."""
-    shape = () if encoding.spec.axis is None else (-1,)
-    names = [_fresh(f"{encoding.tensor}_{part}", taken) for part in ("scale", "zero_point")]
-    scale = _constant(model, names[0], encoding.scale.reshape(shape), ir.DataType.FLOAT)
-    zero = _constant(model, names[1], encoding.zero_point.reshape(shape), onnx_type(encoding.spec))
-    return scale, zero
-
-
-def _axis(encoding: Encoding) -> dict[str, int]:
-    return {} if encoding.spec.axis is None else {"axis": encoding.spec.axis}
-
-
-def _lower_activation(model: ir.Model, marker: ir.Node, encoding: Encoding, taken: set[str]) -> None:
-    spec = encoding.spec
-    dtype = onnx_type(spec)
-    assert (spec.qmin, spec.qmax) == (dtype.min, dtype.max), f"{encoding.tensor}: QuantizeLinear saturates elsewhere"
-    raw, result = marker.inputs[0], marker.outputs[0]
-    assert raw is not None
-    scale, zero = _numbers(model, encoding, taken)
-    q = ir.node("QuantizeLinear", [raw, scale, zero], attributes=_axis(encoding), name=f"{encoding.tensor}_QuantizeLinear")
-    q.outputs[0].name = _fresh(f"{encoding.tensor}_quantized", taken)
-    q.outputs[0].dtype, q.outputs[0].shape = dtype, raw.shape
-    dq = _dequantize(q.outputs[0], scale, zero, encoding)
-    _take_place(model, marker, result, [q, dq])
-
-
-def _lower_parameter(model: ir.Model, marker: ir.Node, encoding: Encoding, taken: set[str]) -> None:
-    raw, result = marker.inputs[0], marker.outputs[0]
-    assert raw is not None and raw.const_value is not None
-    values = torch.from_numpy(np.array(raw.const_value.numpy()))
-    scale, zero = torch.from_numpy(encoding.scale.copy()), torch.from_numpy(encoding.zero_point.copy())
-    codes = arith.quantize(values, scale, zero, encoding.spec).numpy()
-    stored = _constant(model, _fresh(f"{encoding.tensor}_quantized", taken), codes, onnx_type(encoding.spec))
-    dq = _dequantize(stored, *_numbers(model, encoding, taken), encoding)
-    _take_place(model, marker, result, [dq])
-    if not raw.uses():
-        del model.graph.initializers[encoding.tensor]
-        dq.outputs[0].name = encoding.tensor
-
-
-def _dequantize(codes: ir.Value, scale: ir.Value, zero: ir.Value, encoding: Encoding) -> ir.Node:
-    node = ir.node("DequantizeLinear", [codes, scale, zero], attributes=_axis(encoding), name=f"{encoding.tensor}_DequantizeLinear")
-    node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.FLOAT, codes.shape
-    return node
-
-
-def _take_place(model: ir.Model, marker: ir.Node, result: ir.Value, nodes: Sequence[ir.Node]) -> None:
-    last = nodes[-1].outputs[0]
-    last.name = result.name
-    model.graph.insert_before(marker, nodes)
-    for position, output in enumerate(model.graph.outputs):
-        if output is result:
-            model.graph.outputs[position] = last
-    result.replace_all_uses_with(last)
-    model.graph.remove(marker, safe=True)
-
-
-def _finish(model: ir.Model) -> None:
-    model.opset_imports.pop(DOMAIN, None)
+def _name_nodes(model: ir.Model) -> None:
+    """Name every node after its tensor, where that has a name of ours, or by its op and place."""
+    ours = {_text(marker, "tensor") for marker in _markers(model)}
+    taken = set(ours)
     for index, node in enumerate(model.graph):
-        if node.name is None or not node.name.endswith("Linear"):
-            node.name = f"{node.op_type}_{index}"
+        made = str(node.outputs[0].name)
+        node.name = made if made in ours else _fresh(f"{node.op_type}_{index}", taken)
 
 
 def to_bytes(model: ir.Model) -> bytes:
     """The serialized ONNX model."""
     data: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
     return data
-
-
-def simplify_float(data: bytes, names: Sequence[str]) -> tuple[bytes, str]:
-    """`data` as onnxsim simplifies it, and a note; unchanged where that would lose the name of a tensor in `names`."""
-    import onnxsim
-
-    before = onnx.load_from_string(data)
-    simplified, equal = onnxsim.simplify(before)
-    lost = sorted(set(names) - tensor_names(simplified))
-    if not equal:
-        return data, "onnxsim was undone: its result did not compute the same"
-    if lost:
-        return data, f"onnxsim was undone: it lost the names of encoded tensors: {', '.join(lost)}"
-    simplified.producer_name, simplified.producer_version = "qdeploy", __version__
-    return simplified.SerializeToString(deterministic=True), "simplified by onnxsim; every encoded tensor kept its name"

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy as copying
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
 from qdeploy import ops
-from qdeploy.ops import Op
+from qdeploy.backend import Geometry
+from qdeploy.ops import CONVOLUTION, MEAN_POOL, Op
 
 
 def op_of(node: fx.Node) -> Op:
@@ -96,3 +102,73 @@ def outputs(graph: fx.Graph) -> list[fx.Node]:
     """The nodes that the graph returns, in order."""
     (output,) = graph.find_nodes(op="output")
     return [node for node in torch.utils._pytree.tree_leaves(output.args) if isinstance(node, fx.Node)]
+
+
+def copy(module: fx.GraphModule, own_parameters: bool = False) -> fx.GraphModule:
+    """A copy of the graph to edit; its parameters are those of `module`, or copies of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, while it copies the structure of inputs and outputs
+        made = fx.GraphModule(module, copying.deepcopy(module.graph))
+    if own_parameters:
+        for node in made.graph.find_nodes(op="get_attr"):
+            found = parameter(made, str(node.target))
+            if isinstance(found, nn.Parameter) and found is parameter(module, str(node.target)):
+                set_parameter(made, str(node.target), found.detach().clone().requires_grad_(found.requires_grad))
+    return made
+
+
+def geometry(node: fx.Node) -> Geometry | None:
+    """Kernel, stride, dilation and grouping of a convolution; None for any other op."""
+    op = op_of(node)
+    weight = argument(node, op.weight)
+    if op.name not in CONVOLUTION or weight is None:
+        return None
+    shape = value(weight)
+    assert isinstance(shape, Tensor)
+    sides = shape.dim() - 2
+    names: dict[str, Any] = {schema.name: schema.default_value for schema in _schema(node).arguments}
+    names |= dict(zip(names, node.args, strict=False)) | node.kwargs
+
+    def sizes(name: str) -> tuple[int, ...]:
+        found = names[name]
+        values = [int(v) for v in found] if isinstance(found, Sequence) else [int(found)]
+        return tuple(values if len(values) == sides else values * sides)
+
+    kernel = tuple(int(size) for size in shape.shape[2:])
+    return Geometry(kernel=kernel, stride=sizes("stride"), dilation=sizes("dilation"), grouped=int(names["groups"]) > 1)
+
+
+def _schema(node: fx.Node) -> torch.FunctionSchema:
+    assert isinstance(node.target, torch._ops.OpOverload), node.target
+    return node.target._schema
+
+
+def pooled(node: fx.Node) -> tuple[int, ...] | None:
+    """How many elements an average pooling takes together along each side; None where that is not fixed, or for any other op.
+
+    An average over a padded border divides by fewer elements there, which is no fixed number.
+    """
+    op = op_of(node)
+    if op.name not in MEAN_POOL or len(node.all_input_nodes) != 1:
+        return None
+    before, after = (_sides(value(n)) for n in (node.all_input_nodes[0], node))
+    if not before:
+        return None
+    if op.name.startswith("avg_pool"):
+        kernel = [int(k) for k in node.args[1]]  # type: ignore[union-attr, arg-type]
+        padded = len(node.args) > 3 and any(node.args[3])  # type: ignore[arg-type]
+        return None if padded else tuple(kernel * len(before) if len(kernel) == 1 else kernel)
+    if not after:  # a mean that drops the sides
+        made = value(node)
+        return before if isinstance(made, Tensor) and made.dim() == 2 else None
+    if any(b % a for b, a in zip(before, after, strict=True)):
+        return None
+    return tuple(b // a for b, a in zip(before, after, strict=True))
+
+
+def _sides(made: object) -> tuple[int, ...]:
+    """The lengths of a tensor `[N, C, ...]` beyond its channels, where they are known; else empty."""
+    if not isinstance(made, Tensor) or made.dim() < 3:
+        return ()
+    sides = made.shape[2:]
+    return tuple(sides) if all(isinstance(s, int) and s for s in sides) else ()

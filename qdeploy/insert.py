@@ -1,24 +1,27 @@
-"""Put the planned quantizers into the graph."""
+"""Put the planned quantizers into the graph, and fix their numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import fx, nn
 
 from qdeploy import arith, graph
-from qdeploy.observer import Observer
+from qdeploy.errors import InputError
+from qdeploy.observer import Observer, as_rows, finite_minmax
 from qdeploy.plan import Plan, TensorPlan
 from qdeploy.quantizer import Quantizer
-from qdeploy.spec import QuantSpec, Role
+from qdeploy.spec import FLOAT16_MAX, QuantSpec, Role
 from qdeploy.ties import avoid_ties
 
 FOLDER = "quantizers"
+LATTICE_BITS = 8
+"""Widest codes whose accumulator step float biases are moved to: beyond, float32 sums are coarser than the step."""
 MakeObserver = Callable[[Role, QuantSpec], Observer]
 
 
-def insert_quantizers(module: fx.GraphModule, plan: Plan, make_observer: MakeObserver) -> dict[str, Quantizer]:
+def insert_quantizers(module: fx.GraphModule, plan: Plan) -> dict[str, Quantizer]:
     """Insert one quantizer call for every planned tensor, before its planned readers; one `Quantizer` per group.
 
     The graph is changed. Returns the quantizers by the name of every tensor that they serve, in the order of the plan.
@@ -32,8 +35,7 @@ def insert_quantizers(module: fx.GraphModule, plan: Plan, make_observer: MakeObs
         assert planned.spec is not None
         group = planned.group
         if group not in by_group:
-            observer = None if planned.role == "bias" else make_observer(planned.role, planned.spec)
-            by_group[group] = Quantizer(planned.spec, planned.role, observer)
+            by_group[group] = Quantizer(planned.spec, planned.role)
             paths[group] = f"{FOLDER}.q{len(paths)}"
             module.add_submodule(paths[group], by_group[group])
         serving[planned.tensor] = by_group[group]
@@ -48,47 +50,90 @@ def _call(g: fx.Graph, node: fx.Node, planned: TensorPlan, path: str) -> None:
     assert users, planned.tensor
     # a parameter is fetched where it stands first in the graph, so the call can stand there as well
     with g.inserting_after(node):
-        call = g.call_module(path, (node, planned.tensor, planned.observe))
+        call = g.call_module(path, (node, planned.tensor))
     call.meta["val"] = node.meta.get("val")
     call.meta["tensor_name"] = f"{planned.tensor}_dequantized"
     for user in users:
         user.replace_input_with(node, call)
 
 
-def freeze(module: fx.GraphModule, plan: Plan, serving: dict[str, Quantizer]) -> None:
-    """Fix all numbers: activations from what was observed, weights and constants from themselves, then the biases.
+def freeze(
+    module: fx.GraphModule,
+    plan: Plan,
+    serving: Mapping[str, Quantizer],
+    seen: Mapping[str, Observer],
+    make_observer: MakeObserver,
+) -> None:
+    """Fix all numbers: activations from what was `seen` of their group, weights and constants from themselves, then the biases.
 
     A weight scale is raised where its bias would not fit in int32, and then to a ratio that no runtime rounds differently. A bias
     that stays float is moved to the nearest multiple of its accumulator's step: kernels that add it as an integer add the same.
     """
     for planned in plan.quantized:
+        assert planned.spec is not None
         quantizer = serving[planned.tensor]
-        if planned.role in ("weight", "constant"):
-            quantizer.mode = "observe"
-            quantizer(graph.parameter(module, planned.tensor), planned.tensor)
-    for quantizer in serving.values():
-        if quantizer.observer is not None:
-            quantizer.freeze()
+        if planned.role == "activation":
+            if planned.observe:
+                _set_range(quantizer, planned.tensor, seen[planned.group].seen_as(planned.spec))
+        elif planned.scales_of is None:
+            observer = make_observer(planned.role, planned.spec)
+            rows = as_rows(graph.parameter(module, planned.tensor), planned.spec.axis)
+            observer.update(rows, *finite_minmax(rows, planned.tensor))
+            _set_range(quantizer, planned.tensor, observer)
     biases = [planned for planned in plan.tensors if planned.scales_of is not None]
     for planned in biases:
         source, weight = _scales(planned, serving)
-        raised = arith.weight_scale_for_bias(graph.parameter(module, planned.tensor), source.scale, weight.scale)
+        bias = graph.parameter(module, planned.tensor)
+        raised = arith.weight_scale_for_bias(bias, source.scale, weight.scale, weight.spec.grid)
         weight.set(raised if weight.spec.axis is not None else raised.max().reshape(1), weight.zero_point)
-    avoid_ties(module, plan, serving)
+    avoid_ties(module, plan, dict(serving))
     for planned in biases:
-        source, weight = _scales(planned, serving)
-        scale = arith.bias_scale(source.scale, weight.scale)
-        zero = torch.zeros(scale.shape, dtype=torch.int64)
-        if planned.spec is not None:
-            serving[planned.tensor].set(scale, zero)
-        else:
-            bias = graph.parameter(module, planned.tensor)
-            spec = QuantSpec(bits=32, signed=True, symmetric=True, axis=None if weight.spec.axis is None else 0)
-            with torch.no_grad():
-                bias.copy_(arith.fake_quantize(bias, scale, zero, spec))
+        _set_bias(module, planned, serving)
+    for planned in plan.quantized:
+        if planned.average is not None:
+            source_name, kernel = planned.average
+            serving[planned.tensor].averages[planned.tensor] = _average(float(serving[source_name].scale), kernel)
 
 
-def _scales(planned: TensorPlan, serving: dict[str, Quantizer]) -> tuple[Quantizer, Quantizer]:
+def _set_range(quantizer: Quantizer, tensor: str, observer: Observer) -> None:
+    low, high = observer.range()
+    if quantizer.spec.grid.startswith("float16") and float(torch.maximum(-low, high).max()) > FLOAT16_MAX:
+        found = f"{float(low.min()):.6g} to {float(high.max()):.6g}"
+        action = "scale the model's inputs or weights down, or choose a target with integers"
+        raise InputError(f"tensor '{tensor}' does not fit in float16", found=found, allowed=f"up to {FLOAT16_MAX:.0f}", action=action)
+    quantizer.set(*arith.choose_scale(low, high, quantizer.spec))
+
+
+def _set_bias(module: fx.GraphModule, planned: TensorPlan, serving: Mapping[str, Quantizer]) -> None:
+    """The numbers of an int32 bias, or the values of a float one, from the scales of its layer."""
+    source, weight = _scales(planned, serving)
+    scale = arith.bias_scale(source.scale, weight.scale)
+    zero = torch.zeros(scale.shape, dtype=torch.int64)
+    if planned.spec is not None:
+        serving[planned.tensor].set(scale, zero)
+    elif source.spec.linear and max(source.spec.bits, weight.spec.bits) <= LATTICE_BITS:
+        bias = graph.parameter(module, planned.tensor)
+        spec = QuantSpec(bits=32, signed=True, symmetric=True, axis=None if weight.spec.axis is None else 0)
+        with torch.no_grad():
+            bias.copy_(arith.fake_quantize(bias, scale, zero, spec))
+
+
+def _average(scale: float, kernel: tuple[int, int]) -> tuple[float, float]:
+    """See `quantizer`; the scale is a power of two, so both numbers are exact."""
+    multiplier, shift = arith.shift_average(*kernel)
+    return kernel[0] * kernel[1] / scale, scale * multiplier / 2.0**shift
+
+
+def _scales(planned: TensorPlan, serving: Mapping[str, Quantizer]) -> tuple[Quantizer, Quantizer]:
     assert planned.scales_of is not None
     source, weight = planned.scales_of
     return serving[source], serving[weight]
+
+
+def observed(plan: Plan) -> dict[str, tuple[str, ...]]:
+    """The tensors to observe, for every group of activations: those where its values arise."""
+    groups: dict[str, tuple[str, ...]] = {}
+    for planned in plan.quantized:
+        if planned.role == "activation" and planned.observe:
+            groups[planned.group] = (*groups.get(planned.group, ()), planned.tensor)
+    return groups

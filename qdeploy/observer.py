@@ -6,11 +6,12 @@ An observer never computes a scale; `arith.choose_scale` does that from the rang
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -21,10 +22,19 @@ from qdeploy.spec import QuantSpec
 
 
 class Observer(ABC):
-    """Statistics of a stream. Subclasses take `spec` and their own keyword options, and register with `@observer(name)`."""
+    """Statistics of a stream. Subclasses take `spec` and their own keyword options, and register with `@observer(name)`.
+
+    What `update` gathers does not depend on `spec`; only `range` does.
+    """
 
     def __init__(self, spec: QuantSpec):
         self.spec = spec
+
+    def seen_as(self, spec: QuantSpec) -> Self:
+        """The same statistics, for the range of another spec."""
+        other = copy.copy(self)
+        other.spec = spec
+        return other
 
     @abstractmethod
     def update(self, rows: Tensor, low: Tensor, high: Tensor) -> None:

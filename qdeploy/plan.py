@@ -7,6 +7,7 @@ Placement, in the order in which it is decided:
 3. A residual add with `residual = "skip"` leaves the branch in float that ends in a fused layer.
 4. Ops that share (reshape, max pooling, concat ...) carry one encoding through; a need for it travels up to where the values arise.
 5. A layer whose input is quantized has a quantized weight, and a bias as the backend says.
+6. Where the backend widens the first and the last layer, the tensors that they read are widened as well.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class TensorPlan:
 
     `spec` is None where it stays float. `group` names the tensor whose quantizer it uses. `readers` are the tensors made by the ops
     that see it quantized; `observe` is False where the values only pass through. For a bias, `scales_of` names its layer's input
-    and weight.
+    and weight. `average` is the kernel of an average pooling that the target does by multiplying and shifting, and its input.
     """
 
     tensor: str
@@ -40,19 +41,33 @@ class TensorPlan:
     readers: tuple[str, ...] = ()
     observe: bool = True
     scales_of: tuple[str, str] | None = None
+    average: tuple[str, tuple[int, int]] | None = None
+    loose: bool = False
+    """Whether its values flow on to another op in float, for no fused kernel's sake."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """All decisions for one model and one backend, in the order of the graph."""
+    """All decisions for one model and one backend, in the order of the graph.
+
+    `tie_free` says whether every sum is one of integers that `ties` can keep off the ties of rounding: all grids are linear, and no op
+    passes its result on in float, but to one that is fused with it.
+    """
 
     backend: str
     tensors: tuple[TensorPlan, ...]
+    tie_free: bool
 
     @property
     def quantized(self) -> tuple[TensorPlan, ...]:
         """Those with a spec: each of them must get an encoding."""
         return tuple(t for t in self.tensors if t.spec is not None)
+
+    @property
+    def exact(self) -> bool:
+        """Whether kernels that add in another order must still make the same codes: see `ties`."""
+        specs = [t.spec for t in self.quantized if t.spec is not None and t.role != "bias"]
+        return all(spec.linear and spec.bits <= 8 for spec in specs) and not any(t.loose for t in self.tensors)
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """Table rows: tensor, role, op, scheme, reason."""
@@ -106,7 +121,7 @@ class _Planner:
         self.calls = [n for n in self.nodes if n.op == "call_function"]
         self.op = {n: graph.op_of(n) for n in self.calls}
         self.data = {n: self._data_inputs(n) for n in self.calls}
-        self.rule: dict[fx.Node, OpRule | None] = {n: backend.rule(self.op[n].name) for n in self.calls}
+        self.rule: dict[fx.Node, OpRule | None] = {n: backend.rule(self.op[n].name, graph.geometry(n)) for n in self.calls}
         self.edges: dict[tuple[fx.Node, fx.Node], str] = {}
         self.made: dict[fx.Node, str] = {}
         self.notes: dict[fx.Node, str] = {}
@@ -115,31 +130,43 @@ class _Planner:
         self.ends = {layers[0], layers[-1]} if layers else set()
 
     def plan(self) -> Plan:
-        activation, _, _ = self._specs()
         tails = self._fused_tails()
         for node in self.calls:
             self._demand(node, tails)
         self._spread()
         groups = self._groups()
+        activation, ends = self._activation_specs()
+        wide = {groups.root(s) for s, reader in self.edges if reader in self.ends} if ends != activation else set()
         tensors: list[TensorPlan] = []
         for node in self.nodes:
             if graph.is_float(node) and node.op in ("placeholder", "call_function"):
-                tensors.append(self._activation(node, groups, activation))
+                tensors.append(self._activation(node, groups, ends if groups.root(node) in wide else activation))
             elif node.op == "get_attr" and graph.is_float(node):
                 tensors.extend(self._constant(node, activation))
-        return Plan(backend=self.backend.name, tensors=tuple(tensors))
+        linear = all(t.spec is None or t.spec.linear for t in tensors)
+        return Plan(backend=self.backend.name, tensors=tuple(tensors), tie_free=linear and not any(map(self._passed_on, self.nodes)))
 
-    def _specs(self) -> tuple[QuantSpec, QuantSpec, QuantSpec]:
-        """Specs of activations, of weights, and of the weights of the first and last layer."""
+    def _passed_on(self, node: fx.Node) -> bool:
+        """Whether `node` makes values that another op reads in float, though the target does not compute the two as one."""
+        if node in self.notes or not graph.is_float(node) or node.op not in ("placeholder", "call_function"):
+            return False
+        return any(user in self.op and graph.is_float(user) and (node, user) not in self.edges for user in node.users)
+
+    def _activation_specs(self) -> tuple[QuantSpec, QuantSpec]:
+        """Specs of activations, and of those that the first and the last layer read."""
         backend, widths = self.backend, self.widths
-        activation = backend.check_bits("activation", widths.activation or backend.activation.bits)
-        weight = backend.check_bits("weight", widths.weight or backend.weight.bits)
-        ends = backend.check_bits("weight", widths.first_last or weight)
-        return (
-            replace(backend.activation, bits=activation),
-            replace(backend.weight, bits=weight),
-            replace(backend.weight, bits=ends),
+        bits = backend.check_bits("activation", widths.activation) if widths.activation else backend.activation.bits
+        ends = (
+            bits if backend.first_last_bits is None else backend.check_bits("activation", widths.first_last or backend.first_last_bits)
         )
+        return replace(backend.activation, bits=bits), replace(backend.activation, bits=ends)
+
+    def _weight_bits(self, layer: fx.Node, spec: QuantSpec) -> int:
+        """The width of a layer's weight, whose rule has `spec`."""
+        backend, widths = self.backend, self.widths
+        inner = backend.check_bits("weight", widths.weight) if widths.weight else spec.bits
+        ends = widths.first_last or backend.first_last_bits
+        return backend.check_bits("weight", ends) if ends and layer in self.ends else inner
 
     def _data_inputs(self, node: fx.Node) -> list[fx.Node]:
         op = self.op[node]
@@ -214,9 +241,18 @@ class _Planner:
             rule = self.rule[node]
             if rule is None or not rule.share or not self._readers(node):
                 continue
-            for source in self.data[node]:
+            for source in self._moving(node):
                 groups.join(source, node)
+        for node in self.calls:
+            rule = self.rule[node]
+            aligned = [s for s in self._moving(node) if (s, node) in self.edges] if rule is not None and rule.align else []
+            for source in aligned[1:]:
+                groups.join(aligned[0], source)
         return groups
+
+    def _moving(self, node: fx.Node) -> list[fx.Node]:
+        """The data inputs that are no parameters: a constant has an encoding of its own wherever it is read."""
+        return [source for source in self.data[node] if source.op != "get_attr"]
 
     def _readers(self, node: fx.Node) -> list[fx.Node]:
         return [user for user in node.users if (node, user) in self.edges]
@@ -226,7 +262,7 @@ class _Planner:
         op = self.op[node].name if node in self.op else "input"
         plan = TensorPlan(tensor=graph.tensor_name(node), role="activation", op=op, spec=None, reason=self._float_reason(node))
         if not readers:
-            return plan
+            return replace(plan, loose=node in self.op and node not in self.notes and any(u in self.op for u in node.users))
         root = groups.root(node)
         rule = self.rule.get(node)
         carried = rule is not None and rule.share and any((s, node) in self.edges for s in self.data[node])
@@ -240,7 +276,18 @@ class _Planner:
             group=graph.tensor_name(root),
             readers=tuple(graph.reader_name(r) for r in readers),
             observe=not carried,
+            average=self._average(node),
         )
+
+    def _average(self, node: fx.Node) -> tuple[str, tuple[int, int]] | None:
+        """The quantized input and the kernel of an average pooling that the target does not divide exactly."""
+        if self.backend.average == "exact" or node not in self.op:
+            return None
+        kernel = graph.pooled(node)
+        source = next((s for s in self.data[node] if (s, node) in self.edges), None)
+        if kernel is None or source is None or len(kernel) > 2:
+            return None
+        return graph.tensor_name(source), (kernel[0], kernel[-1] if len(kernel) > 1 else 1)
 
     def _float_reason(self, node: fx.Node) -> str:
         if node in self.notes:
@@ -270,19 +317,22 @@ class _Planner:
         yield plan
 
     def _layer_input(self, layer: fx.Node) -> fx.Node | None:
-        """The quantized input of a layer, if it has one."""
+        """The quantized input of a layer, if the target computes it with quantized ones."""
+        rule = self.rule[layer]
+        if rule is None or not rule.inputs:
+            return None
         return next((s for s in self.data[layer] if (s, layer) in self.edges), None)
 
     def _weight(self, node: fx.Node, layer: fx.Node) -> TensorPlan:
         op, rule = self.op[layer], self.rule[layer]
         path = graph.tensor_name(node)
-        plan = TensorPlan(tensor=path, role="weight", op=op.name, spec=None, reason=f"float: the input of {op.name} is float")
+        plan = TensorPlan(
+            tensor=path, role="weight", op=op.name, spec=None, reason=f"float: {self.backend.name} computes {op.name} in float"
+        )
         if rule is None or self._layer_input(layer) is None:
             return plan
-        _, inner, ends = self._specs()
-        spec = rule.weight or (ends if layer in self.ends else inner)
-        if spec.axis is not None:
-            spec = replace(spec, axis=op.channel_axis)
+        spec = rule.weight or self.backend.weight
+        spec = replace(spec, bits=self._weight_bits(layer, spec), axis=None if spec.axis is None else op.channel_axis)
         reason = f"weight of {op.name} {graph.tensor_name(layer)}"
         return replace(plan, spec=spec, reason=reason, group=path, readers=tuple(graph.tensor_name(u) for u in node.users))
 
@@ -291,18 +341,22 @@ class _Planner:
         source, weight = self._layer_input(layer), graph.argument(layer, op.weight)
         plan = TensorPlan(tensor=path, role="bias", op=op.name, spec=None, reason=f"float: {self.backend.name} adds biases in float")
         if source is None or weight is None or weight.op != "get_attr":
-            return replace(plan, reason=f"float: the input of {op.name} is float")
+            return replace(plan, reason=f"float: {self.backend.name} computes {op.name} in float")
         scales = (graph.tensor_name(source), graph.tensor_name(weight))
-        if self.backend.bias == "float":
-            return replace(plan, scales_of=scales)
         per_channel = self._weight(weight, layer).spec
         assert per_channel is not None and isinstance(graph.value(node), Tensor)
         axis = None if per_channel.axis is None else 0
+        quantized = replace(plan, group=path, readers=(graph.tensor_name(layer),))
+        if isinstance(self.backend.bias, QuantSpec):
+            own = self.backend.bias
+            return replace(quantized, spec=own, reason=f"{own.describe()}, with a range of its own")
+        activation = self.backend.activation
+        if not (per_channel.linear and activation.linear):
+            return plan
+        if self.backend.bias == "float":
+            return replace(plan, scales_of=scales)
+        grid = per_channel.grid if per_channel.grid == activation.grid else "uniform"
+        spec = QuantSpec(bits=32, signed=True, symmetric=True, axis=axis, grid=grid)
         return replace(
-            plan,
-            spec=QuantSpec(bits=32, signed=True, symmetric=True, axis=axis),
-            reason="int32 at input scale x weight scale, as it is added to the accumulator",
-            group=path,
-            readers=(graph.tensor_name(layer),),
-            scales_of=scales,
+            quantized, spec=spec, reason="int32 at input scale x weight scale, as it is added to the accumulator", scales_of=scales
         )

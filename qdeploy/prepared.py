@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from qdeploy.backend import Backend
 from qdeploy.capture import Captured
 from qdeploy.errors import InputError
+from qdeploy.observer import Observer
 from qdeploy.plan import Plan
 from qdeploy.quantizer import Mode, Quantizer
 from qdeploy.recipe import Recipe
@@ -29,15 +30,27 @@ class Prepared(nn.Module):
     model. `print(prepared.plan)` explains every tensor.
     """
 
-    def __init__(self, captured: Captured, plan: Plan, backend: Backend, recipe: Recipe, seed: int, quantizers: dict[str, Quantizer]):
+    def __init__(
+        self,
+        captured: Captured,
+        module: fx.GraphModule,
+        plan: Plan,
+        backend: Backend,
+        recipe: Recipe,
+        seed: int,
+        quantizers: dict[str, Quantizer],
+        observers: Mapping[str, Observer],
+    ):
         super().__init__()
-        self.module: fx.GraphModule = captured.module
+        self.module = module
         self.captured = captured
         self.plan = plan
         self.backend = backend
         self.recipe = recipe
         self.seed = seed
         self.quantizers = quantizers
+        self.observers = observers
+        """What is seen of each group of activations."""
         self.calibrated = False
         self.samples_seen = 0
         self.reference: list[tuple[Tensor, ...]] = []
@@ -68,9 +81,9 @@ class Prepared(nn.Module):
                 quantizer.mode = old
 
     def set_mode(self, mode: Mode) -> None:
-        """Run all quantizers in `mode` from now on; only activations are observed, since parameters do not change with the data."""
+        """Run all quantizers in `mode` from now on."""
         for quantizer in self.quantizers.values():
-            quantizer.mode = "float" if mode == "observe" and quantizer.role != "activation" else mode
+            quantizer.mode = mode
 
     def encodings(self) -> tuple[Encoding, ...]:
         """One per planned tensor, in the order of the plan."""

@@ -1,7 +1,10 @@
-"""The one module in a prepared graph: it observes, fake-quantizes, or lets its input pass.
+"""The one module in a prepared graph: it fake-quantizes, or lets its input pass.
 
-All tensors that share an encoding share one `Quantizer`, which the graph then calls at several places. In a traced graph the
-quantizer is the single op `qdeploy::fake_quantize`, which carries the tensor's name to the emitter.
+All tensors that share an encoding share one `Quantizer`, which the graph then calls at several places. The gradient passes straight
+through where a value is not clipped (Bengio et al. 2013), so that a prepared model can be trained.
+
+Average pooling on a target that multiplies and shifts: with an input of step s_x averaged over n elements, and m / 2^k for 1 / n,
+the sum of codes is recovered exactly, round(x * n / s_x), and what leaves is that times s_x * m / 2^k.
 """
 
 from __future__ import annotations
@@ -12,47 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy import arith
-from qdeploy.observer import Observer, as_rows, finite_minmax
 from qdeploy.spec import Encoding, QuantSpec, Role
 
-Mode = Literal["float", "observe", "quantize"]
+Mode = Literal["float", "quantize"]
+Average = tuple[float, float]
+"""`(n / s_x, s_x * m / 2^k)` above; both are exact in float32, since s_x is a power of two."""
 
 
-def _spec(bits: int, signed: bool, narrow: bool, axis: int, rounding: str) -> QuantSpec:
-    return QuantSpec(
-        bits=bits,
-        signed=signed,
-        symmetric=False,
-        narrow=narrow,
-        axis=None if axis < 0 else axis,
-        rounding=rounding,  # type: ignore[arg-type]
-    )
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+        ctx.save_for_backward(~arith.saturated(x, scale, zero_point, spec))
+        return arith.fake_quantize(x, scale, zero_point, spec)
 
-
-@torch.library.custom_op("qdeploy::fake_quantize", mutates_args=())
-def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, signed: bool, narrow: bool, axis: int, rounding: str, tensor: str
-) -> Tensor:
-    """`arith.fake_quantize` as an op; `axis` -1 means per-tensor, `tensor` is the name of `x`."""
-    return arith.fake_quantize(x, scale, zero_point, _spec(bits, signed, narrow, axis, rounding))
-
-
-@fake_quantize.register_fake
-def _(x: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _keep_mask(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, scale, zero_point, *rest = inputs
-    ctx.save_for_backward(~arith.saturated(x, scale, zero_point, _spec(*rest[:5])))
-
-
-def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    (inside,) = ctx.saved_tensors
-    return (gradient * inside, *[None] * 8)
-
-
-fake_quantize.register_autograd(_straight_through, setup_context=_keep_mask)
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (inside,) = ctx.saved_tensors
+        return gradients[0] * inside, None, None, None
 
 
 class Quantizer(nn.Module):
@@ -61,33 +40,27 @@ class Quantizer(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, spec: QuantSpec, role: Role, observer: Observer | None):
+    def __init__(self, spec: QuantSpec, role: Role):
         super().__init__()
         self.spec = spec
         self.role = role
-        self.observer = observer
         self.mode: Mode = "float"
+        self.averages: dict[str, Average] = {}
+        """For the tensors that are made by such a pooling."""
         self.register_buffer("scale", torch.empty(0))
         self.register_buffer("zero_point", torch.empty(0, dtype=torch.int64))
 
-    def forward(self, x: Tensor, tensor: str, observe: bool = True) -> Tensor:
-        """`x`, quantized and dequantized in mode `quantize`; in mode `observe` its statistics are taken first, if `observe`."""
-        if self.mode == "observe" and observe and self.observer is not None:
-            rows = as_rows(x, self.spec.axis)
-            self.observer.update(rows, *finite_minmax(rows, tensor))
+    def forward(self, x: Tensor, tensor: str) -> Tensor:
+        """`x`, the tensor called `tensor`, quantized and dequantized in mode `quantize`."""
         if self.mode != "quantize":
             return x
-        s = self.spec
-        axis = -1 if s.axis is None else s.axis
-        op = torch.ops.qdeploy.fake_quantize
-        result: Tensor = op(x, self.scale, self.zero_point, s.bits, s.signed, s.narrow, axis, s.rounding, tensor)
-        return result
-
-    def freeze(self) -> None:
-        """Turn what was observed into scale and zero_point, and drop the observer."""
-        assert self.observer is not None
-        self.set(*arith.choose_scale(*self.observer.range(), self.spec))
-        self.observer = None
+        if tensor in self.averages:
+            units, step = self.averages[tensor]
+            x = x + (torch.round(x * units) * step - x).detach() if x.requires_grad else torch.round(x * units) * step
+        if x.requires_grad and torch.is_grad_enabled():
+            result: Tensor = _StraightThrough.apply(x, self.scale, self.zero_point, self.spec)  # type: ignore[no-untyped-call]
+            return result
+        return arith.fake_quantize(x, self.scale, self.zero_point, self.spec)
 
     def set(self, scale: Tensor, zero_point: Tensor) -> None:
         """Use these numbers from now on."""

@@ -8,6 +8,9 @@
     observer = "minmax"
 
 Every observer's name is also a recipe: that observer for the activations, min-max for the weights.
+
+The recipe `default` goes by the grid: codes of the log and float16 grids never need clipping, so their ranges are min-max; scales that
+are powers of two are coarse, so weights, too, get the one of least squared error.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from qdeploy.errors import InputError, OptionError, unknown_name
+from qdeploy.spec import QuantSpec, Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +43,14 @@ class Recipe:
     weight: Choice = Choice(observer="minmax")
     summary: str = ""
 
+    def choice(self, role: Role, spec: QuantSpec) -> Choice:
+        """The observer for tensors of a role and spec. A constant or a bias is all seen, so its extremes are its range."""
+        if role in ("constant", "bias") and spec.grid != "power_of_two":
+            return EXTREMES
+        if self.name == "default" and spec.grid != "uniform":
+            return LEAST_ERROR if spec.grid == "power_of_two" else EXTREMES
+        return self.activation if role == "activation" else self.weight
+
     @property
     def digest(self) -> str:
         """SHA-256 over the content, without name and summary."""
@@ -47,15 +59,16 @@ class Recipe:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+LEAST_ERROR, EXTREMES = Choice(observer="mse"), Choice(observer="minmax")
 RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe(
             name="default",
-            activation=Choice(observer="mse"),
-            summary="activation ranges of least squared error, weight ranges by min-max",
+            activation=LEAST_ERROR,
+            summary="activation ranges of least squared error, weight ranges by min-max; by the grid where it is not uniform",
         ),
-        Recipe(name="fast", activation=Choice(observer="minmax"), summary="min-max everywhere: the least time"),
+        Recipe(name="fast", activation=EXTREMES, summary="min-max everywhere: the least time"),
     )
 }
 
@@ -104,7 +117,6 @@ def _read(path: Path) -> Recipe:
 
 def _choice(table: Mapping[str, object], key: str, path: Path, default: Choice) -> Choice:
     from qdeploy.observer import make_observer
-    from qdeploy.spec import QuantSpec
 
     entry = table.get(key)
     if entry is None:

@@ -41,10 +41,16 @@ class Screen:
             print(text)
 
     def show(self, data: dict[str, Any], otherwise: Callable[[], None]) -> None:
+        self.dump(data)
+        self.print(otherwise)
+
+    def dump(self, data: object) -> None:
         if self.as_json:
             print(json.dumps(data, indent=1), file=self.output)
-        elif not self.quiet:
-            otherwise()
+
+    def print(self, table: Callable[[], None]) -> None:
+        if not self.as_json and not self.quiet:
+            table()
 
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:

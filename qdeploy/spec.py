@@ -2,7 +2,13 @@
 
 A spec of b bits has the integer codes qmin..qmax: unsigned 0..2^b - 1, signed -2^(b-1)..2^(b-1) - 1, and narrow signed
 -(2^(b-1) - 1)..2^(b-1) - 1. An encoding adds one scale and zero_point, or one of each per channel along `spec.axis`;
-code q stands for (q - zero_point) * scale.
+code q stands for (q - zero_point) * scale. The grid may be another:
+
+    uniform          any scale
+    power_of_two     scale = 2^-k, k the fraction length
+    log              8-bit codes in sign and magnitude; magnitude m stands for scale * 2^(m/16), see `arith`
+    float16          IEEE half precision, with subnormals; scale 1
+    float16_normal   the same, where magnitudes below 2^-14 are 0
 
 >>> int8 = QuantSpec(signed=True, symmetric=True)
 >>> int8.qmin, int8.qmax
@@ -16,13 +22,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Rounding = Literal["half_even", "half_away"]
+Grid = Literal["uniform", "power_of_two", "log", "float16", "float16_normal"]
+Rounding = Literal["half_even", "half_away", "dpu"]
+"""What becomes of exact halves: to the even neighbour, away from zero, or as AMD's DPU: positive to even, negative up."""
 Role = Literal["activation", "weight", "bias", "constant"]
+FLOAT16_MAX = 65504.0
+LOG_STEPS = 16
+"""Codes an octave of the log grid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,31 +46,90 @@ class QuantSpec:
     axis: int | None = None
     narrow: bool = False
     rounding: Rounding = "half_even"
+    grid: Grid = "uniform"
 
     def __post_init__(self) -> None:
         assert 2 <= self.bits <= 16 or self.bits == 32, f"bits {self.bits} is not in 2..16, 32"
         assert self.signed or not self.narrow, "narrow is for signed codes"
         assert self.signed or not self.symmetric, "symmetric codes are signed"
+        assert self.rounding in get_args(Rounding) and self.grid in get_args(Grid), f"{self.rounding}, {self.grid}"
+        if not self.linear:
+            fixed = (self.signed, self.symmetric, self.axis, self.narrow, self.rounding)
+            assert fixed == (True, True, None, False, "half_even"), f"grid {self.grid} has no such choice"
+            assert self.bits == (8 if self.grid == "log" else 16), f"grid {self.grid} with {self.bits} bits"
+
+    @property
+    def linear(self) -> bool:
+        """Whether codes stand for (q - zero_point) * scale."""
+        return self.grid in ("uniform", "power_of_two")
 
     @property
     def qmin(self) -> int:
-        """Smallest code."""
+        """Smallest code of a linear grid."""
         return int(self.narrow) - (1 << self.bits - 1) if self.signed else 0
 
     @property
     def qmax(self) -> int:
-        """Largest code."""
+        """Largest code of a linear grid."""
         return (1 << self.bits - 1) - 1 if self.signed else (1 << self.bits) - 1
 
     def describe(self) -> str:
-        """Short words for tables.
+        """Short words, which `parse` reads.
 
         >>> QuantSpec(signed=True, symmetric=True, axis=0).describe()
         'int8 symmetric per-channel'
+        >>> QuantSpec(signed=True, symmetric=True, narrow=True, grid="power_of_two", rounding="dpu").describe()
+        'int8 symmetric per-tensor narrow power-of-two dpu'
+        >>> QuantSpec(signed=True, symmetric=True, grid="log").describe()
+        'log8'
         """
-        integer = f"{'' if self.signed else 'u'}int{self.bits}"
-        symmetry = "symmetric" if self.symmetric else "asymmetric"
-        return f"{integer} {symmetry} {'per-tensor' if self.axis is None else 'per-channel'}"
+        if not self.linear:
+            return {"log": "log8", "float16": "float16", "float16_normal": "float16-normal"}[self.grid]
+        words = [f"{'' if self.signed else 'u'}int{self.bits}", "symmetric" if self.symmetric else "asymmetric"]
+        words.append("per-tensor" if self.axis is None else "per-channel")
+        words += ["narrow"] if self.narrow else []
+        words += [self.grid.replace("_", "-")] if self.grid != "uniform" else []
+        words += [self.rounding.replace("_", "-")] if self.rounding != "half_even" else []
+        return " ".join(words)
+
+    @classmethod
+    def parse(cls, text: str) -> QuantSpec:
+        """The spec that `describe` says in these words, in any order; `ValueError` that says what is wrong.
+
+        Left out: symmetric for signed and asymmetric for unsigned codes, per-tensor. A per-channel spec has axis 0.
+
+        >>> QuantSpec.parse("int4 per-channel half-away").describe()
+        'int4 symmetric per-channel half-away'
+        """
+        words = text.lower().replace("_", "-").split()
+        named = {"log8": "log", "float16": "float16", "float16-normal": "float16_normal"}
+        if len(words) == 1 and words[0] in named:
+            grid: Any = named[words[0]]
+            return cls(signed=True, symmetric=True, bits=8 if grid == "log" else 16, grid=grid)
+        types = [w for w in words if w.removeprefix("u").startswith("int") and w.removeprefix("u")[3:].isdecimal()]
+        flags = {"symmetric", "asymmetric", "per-tensor", "per-channel", "narrow", "power-of-two", "half-even", "half-away", "dpu"}
+        unknown = [w for w in words if w not in flags and w not in types]
+        if unknown or len(types) != 1 or len(set(words)) != len(words):
+            raise ValueError(f"'{' '.join(unknown) or text}' is not one of int2..int16, uint2..uint16 with {', '.join(sorted(flags))}")
+        signed, bits = not types[0].startswith("u"), int(types[0].removeprefix("u")[3:])
+        clashes = [pair for pair in (("symmetric", "asymmetric"), ("per-tensor", "per-channel")) if set(pair) <= set(words)]
+        if clashes or len({"half-even", "half-away", "dpu"} & set(words)) > 1:
+            raise ValueError("the words contradict each other")
+        if not 2 <= bits <= 16:
+            raise ValueError(f"{bits} bits are not in 2..16")
+        symmetric = "symmetric" in words or (signed and "asymmetric" not in words)
+        if not signed and (symmetric or "narrow" in words):
+            raise ValueError("unsigned codes are asymmetric and not narrow")
+        rounding: Any = next((w.replace("-", "_") for w in words if w in ("half-away", "dpu")), "half_even")
+        return cls(
+            signed=signed,
+            symmetric=symmetric,
+            bits=bits,
+            axis=0 if "per-channel" in words else None,
+            narrow="narrow" in words,
+            rounding=rounding,
+            grid="power_of_two" if "power-of-two" in words else "uniform",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,11 +182,17 @@ class Encoding:
     @property
     def low(self) -> NDArray[np.float64]:
         """Smallest represented value per channel, of the grid rather than of the data."""
+        if not self.spec.linear:
+            return -self.high
         return (self.spec.qmin - self.zero_point).astype(np.float64) * self.scale
 
     @property
     def high(self) -> NDArray[np.float64]:
         """Largest represented value per channel, of the grid rather than of the data."""
+        if self.spec.grid == "log":
+            return np.asarray(self.scale.astype(np.float64) * 2.0 ** (127 / LOG_STEPS))
+        if not self.spec.linear:
+            return np.full(1, FLOAT16_MAX)
         return (self.spec.qmax - self.zero_point).astype(np.float64) * self.scale
 
     def to_json(self) -> dict[str, Any]:

@@ -7,10 +7,15 @@ is not, and so v is at least 1/(2 D) away from every tie. Such an M lies close a
 smallest D within 1 + WIDEN, typically D = 1000 to 5000. So every layer's weight scales grow by less than 0.2 % (the codes are
 rounded anew for it), and the margin is 1e-4 of a step, ten times what any float kernel errs.
 
+Powers of two need none of this: their accumulators are exact in float32, and ties are rounded alike everywhere.
+
 Where there are no weights to adjust, the output scale grows: for pooling and products, M is a single ratio as well; for a sum the
 widening is taken that keeps the largest distance over all 65 536 pairs of codes. Where a target adds a skip branch inside a layer,
 v = acc * M + q * s_skip / s_y, and all channels and the skip get fractions of one common D; their numerators are small, so these
 weight scales may grow by FUSED_WIDEN and keep a smaller margin.
+
+An average of n elements that keeps the scale of its input has M = 1 / n, whose ties for an even n cannot be avoided. There the scale
+gets a mantissa of SHORT bits: sums of up to 64 codes of 8 bits are then exact in float32, so that a tie is one for every runtime.
 
 >>> tie_free(0.0123)                    # 4/325; 1/81 is 0.4 % above, and the fractions between them have larger denominators
 (0.012307692307692308, 325)
@@ -19,12 +24,13 @@ weight scales may grow by FUSED_WIDEN and keep a smaller margin.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx
+from torch import fx
 
 from qdeploy import graph
 from qdeploy.ops import MEAN_POOL
@@ -35,11 +41,15 @@ WIDEN = 2.0**-9
 """How much a scale may grow, as a share of it: 0.017 dB of SQNR."""
 FUSED_WIDEN = 2.0**-4
 """The same for the weights of a layer with a fused residual add: 0.5 dB at the most, half of that on average."""
+SHORT = 10
+"""Bits of a scale that an average shares with its input; it grows by 2^-9 of itself at the most."""
 _LARGEST = 2**17
 """Odd denominators beyond this keep a margin below the error of float kernels and are not worth a change."""
 _BLOCKS = (1, 9, 129, 2049, 32769)
 """Numerators are tried in these blocks, each only for the ratios that are still open."""
 _CANDIDATES = 16
+_WIDEST = 8
+"""Bits beyond which float32 accumulators err by more than a margin can be, and tables of code pairs grow large."""
 
 
 def tie_free(ratio: float) -> tuple[float, int]:
@@ -70,7 +80,11 @@ def avoid_ties(module: fx.GraphModule, plan: Plan, serving: dict[str, Quantizer]
     for planned in plan.quantized:
         producers[planned.group] = producers.get(planned.group, 0) + planned.observe
     alone = {planned.tensor for planned in plan.quantized if planned.observe and producers[planned.group] == 1}
-    calls = [n for n in module.graph.nodes if n.op == "call_module" and n.args[1] in serving]
+    calls = [n for n in module.graph.nodes if n.op == "call_module" and n.args[1] in serving and _adjustable(serving[n.args[1]])]
+    averaged = {serving[planned.tensor] for planned in plan.quantized if not planned.observe and planned.op in MEAN_POOL}
+    for quantizer in averaged:
+        if _adjustable(quantizer):
+            quantizer.set(torch.tensor([_shorten(float(quantizer.scale))], dtype=torch.float64), quantizer.zero_point)
     count = 0
     fused: dict[fx.Node, int] = {}
     for call in calls:
@@ -78,7 +92,8 @@ def avoid_ties(module: fx.GraphModule, plan: Plan, serving: dict[str, Quantizer]
             fused[call] = denominator
             count += 1
         elif call.args[1] in alone:
-            count += _widen_output(module, call, serving[call.args[1]])
+            output = serving[call.args[1]]
+            count += _widen_output(module, call, output, _shorten if output in averaged else _stored)
     done: set[Quantizer] = set()
     for call in calls:
         count += _widen_weights(module, call, serving[call.args[1]], done, fused.get(call, 0))
@@ -100,7 +115,12 @@ def _quantizer(module: fx.GraphModule, node: object) -> Quantizer | None:
     if not isinstance(node, fx.Node) or node.op != "call_module":
         return None
     found = module.get_submodule(str(node.target))
-    return found if isinstance(found, Quantizer) else None
+    return found if isinstance(found, Quantizer) and _adjustable(found) else None
+
+
+def _adjustable(quantizer: Quantizer) -> bool:
+    """Whether the scale may be any number, and float kernels are exact enough for its codes to care."""
+    return quantizer.spec.grid == "uniform" and quantizer.spec.bits <= _WIDEST
 
 
 def _layer_quantizers(module: fx.GraphModule, layer: fx.Node) -> tuple[Quantizer, Quantizer] | None:
@@ -170,7 +190,18 @@ def _multiples(ratios: NDArray[np.float64], denominator: int) -> NDArray[np.floa
     return np.where(above <= ratios * (1 + FUSED_WIDEN), above, ratios)
 
 
-def _widen_output(module: fx.GraphModule, call: fx.Node, output: Quantizer) -> int:
+def _shorten(scale: float) -> float:
+    """The next number from `scale` up with SHORT bits."""
+    fraction, exponent = math.frexp(scale)
+    return math.ldexp(math.ceil(fraction * 2**SHORT), exponent - SHORT)
+
+
+def _stored(scale: float) -> float:
+    """`scale` as it is stored."""
+    return float(np.float32(scale))
+
+
+def _widen_output(module: fx.GraphModule, call: fx.Node, output: Quantizer, store: Callable[[float], float]) -> int:
     node = _origin(call)
     if node.op != "call_function":
         return 0
@@ -181,18 +212,16 @@ def _widen_output(module: fx.GraphModule, call: fx.Node, output: Quantizer) -> i
     scales = [float(s.scale) for s in sources if s is not None]
     old = float(output.scale)
     if name in ("add", "sub") and len(sources) == 2:
-        if max(s.spec.bits for s in sources if s is not None) > 8:
-            return 0
-        new = _sum_scale(sources, old, 1 if name == "add" else -1)  # type: ignore[arg-type]
+        new = _sum_scale(sources, old, 1 if name == "add" else -1, store)  # type: ignore[arg-type]
     elif name == "mul" and len(sources) == 2:
         new = _ratio_scale(scales[0] * scales[1], old)
-    elif name in MEAN_POOL and len(sources) == 1 and (count := _pooled(node)):
-        new = _ratio_scale(scales[0] / count, old)
+    elif (kernel := graph.pooled(node)) is not None:
+        new = _ratio_scale(scales[0] / math.prod(kernel), old)
     elif name in ("relu", "relu6") and len(sources) == 1 and sources[0] is not output:
         new = _ratio_scale(scales[0], old)
     else:
         return 0
-    output.set(torch.tensor([new], dtype=torch.float64), output.zero_point)
+    output.set(torch.tensor([store(new)], dtype=torch.float64), output.zero_point)
     return 1
 
 
@@ -202,8 +231,8 @@ def _ratio_scale(accumulator: float, scale: float) -> float:
     return accumulator / ratio
 
 
-def _sum_scale(sources: list[Quantizer], scale: float, sign: int) -> float:
-    """The output scale in [scale, scale * (1 + WIDEN)] that keeps all sums of two codes farthest from ties."""
+def _sum_scale(sources: list[Quantizer], scale: float, sign: int, store: Callable[[float], float] = _stored) -> float:
+    """The output scale in [scale, scale * (1 + WIDEN)], as `store` makes it, that keeps all sums of two codes farthest from ties."""
     steps = []
     for quantizer in sources:
         spec, zero = quantizer.spec, int(quantizer.zero_point)
@@ -211,24 +240,9 @@ def _sum_scale(sources: list[Quantizer], scale: float, sign: int) -> float:
     sums = np.add.outer(steps[0], sign * steps[1]).ravel()
     best, best_distance = scale, -1.0
     for candidate in range(_CANDIDATES):
-        # scales are stored in float32, so the candidate is judged as it will be stored
-        tried = float(np.float32(scale * (1 + WIDEN * candidate / _CANDIDATES)))
+        tried = store(scale * (1 + WIDEN * candidate / _CANDIDATES))
         v = sums / tried
         distance = float(np.abs(v - np.floor(v) - 0.5).min())
         if distance > best_distance:
             best, best_distance = tried, distance
     return best
-
-
-def _pooled(node: fx.Node) -> int:
-    """How many elements an average takes together; 0 where that is not fixed."""
-    made = [graph.value(n) for n in (node.all_input_nodes[0], node)]
-    sizes = [t.shape if isinstance(t, Tensor) else () for t in made]
-    if graph.op_of(node).name.startswith("avg_pool"):
-        kernel = node.args[1]
-        padded = len(node.args) > 3 and any(node.args[3])  # type: ignore[arg-type]
-        return 0 if padded else math.prod(kernel)  # type: ignore[arg-type]
-    if not all(isinstance(size, int) for shape in sizes for size in shape[1:]):
-        return 0
-    before, after = (math.prod(int(size) for size in shape[1:]) for shape in sizes)
-    return before // after if after and before % after == 0 else 0

@@ -1,4 +1,6 @@
-"""Small seeded networks with calibration batches, and what qdeploy makes of them: prepared and converted once a process."""
+"""Small seeded networks with calibration batches, and what qdeploy makes of them for every backend: prepared once a process, all
+backends from one capture and one pass over the data; converted once a test run.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qdeploy
+from qdeploy import api
 from qdeploy.artifact import Artifact
+from qdeploy.backend import Backend, backends
 from qdeploy.prepared import Prepared
 
 Batch = tuple[Tensor, ...]
@@ -106,6 +110,25 @@ class Several(nn.Module):
         return {"scores": self.fc(x.mean((2, 3))), "map": self.map(x)}
 
 
+class Mixed(nn.Module):
+    """Every kind of op that a target may place in its own way, once: depthwise, residual add, concat, both pools, linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.point = nn.Conv2d(6, 6, 1)
+        self.left = nn.Conv2d(6, 4, 1)
+        self.fc = nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(x + self.point(F.relu6(self.depthwise(x))))
+        x = torch.cat([F.relu(self.left(x)), F.max_pool2d(x, 3, 1, 1)], 1)
+        x = F.adaptive_avg_pool2d(F.avg_pool2d(x, 2), 1)
+        return self.fc(x.flatten(1))
+
+
 class Toy(nn.Module):
     """The network of the worked examples: conv0 and relu; x in [-1, 1], r0 in [0, 2.54], channel maxima of the weight 0.5 and 0.25."""
 
@@ -163,6 +186,7 @@ def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "mixed": Mixed,
     "plain": Plain,
     "residual": Residual,
     "mobile": Mobile,
@@ -181,28 +205,59 @@ def batches(name: str, seed: int = 1, count: int = 4, batch: int = 8) -> list[Ba
     return (_pairs if name == "several" else _images)(seed, count, batch)
 
 
-def calibrated(name: str, backend: str, **options: object) -> Prepared:
-    """A network prepared for a backend and calibrated; a fresh one, which the caller may change."""
+def calibrated(name: str, backend: str | Backend, **options: object) -> Prepared:
+    """A network prepared for one backend alone and calibrated; a fresh one, which the caller may change."""
     data = batches(name)
     return qdeploy.calibrate(qdeploy.prepare(network(name), data[0], backend, **options), data)
 
 
+def several(
+    model: nn.Module, data: Sequence[Batch], targets: Sequence[str | Backend] = (), recipe: str = "default"
+) -> dict[str, Prepared]:
+    """`model` calibrated for several backends (all that there are) at once, by name."""
+    together = api.prepare_all(model, data[0], tuple(targets) or backends.names(), recipe=recipe)
+    return {prepared.backend.name: prepared for prepared in api.calibrate_all(together, data)}
+
+
 @cache
+def _prepared(name: str) -> dict[str, Prepared]:
+    return several(network(name), batches(name))
+
+
 def prepared(name: str, backend: str) -> Prepared:
-    """A calibrated network, made once a process: not to be changed."""
-    return calibrated(name, backend)
+    """A calibrated network, made once a process with those of all other backends: not to be changed."""
+    return _prepared(name)[backend]
+
+
+def distinct() -> tuple[str, ...]:
+    """Backends of which no two place quantizers alike."""
+    kinds = {}
+    for b in backends:
+        bias = b.bias if isinstance(b.bias, str) else "own"
+        kinds.setdefault((b.rules, b.fuse, b.residual, b.average, bias, b.formats[0].model, b.activation.linear), b.name)
+    return tuple(kinds.values())
+
+
+def matrix() -> list[tuple[str, str]]:
+    """Networks with backends: two networks for all backends, the others for those that place quantizers in a way of their own."""
+    return [(n, b) for n in NETWORKS for b in (backends.names() if n in ("mixed", "residual") else distinct())]
+
+
+def once(path: Path, make: Callable[[], Path]) -> Path:
+    """The folder `path`, which `make` writes, once for all processes of a test run."""
+    descriptor = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return path if path.exists() else make()
+    finally:
+        os.close(descriptor)
 
 
 @cache
 def artifact_path(name: str, backend: str) -> Path:
-    """Its artifact, written once a test run: not to be changed."""
+    """The artifact of a network for a backend: not to be changed."""
     path = FOLDER / f"{name}-{backend}"
-    descriptor = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        return path if path.exists() else qdeploy.convert(prepared(name, backend), path).path
-    finally:
-        os.close(descriptor)
+    return once(path, lambda: qdeploy.convert(prepared(name, backend), path).path)
 
 
 def artifact(name: str, backend: str) -> Artifact:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+import typing
+from functools import cache
 from pathlib import Path
 
 import networks
@@ -15,16 +17,18 @@ import torch
 from torch import Tensor, nn
 
 import qdeploy
+from qdeploy import api
 from qdeploy.artifact import Artifact
 from qdeploy.backend import backends
 from qdeploy.errors import InputError, OptionError, QDeployError
+from qdeploy.prepared import Prepared
 
 CONTRACT = {
     "prepare": ["model", "example_inputs", "backend", "recipe", "weight_bits", "activation_bits", "first_last_bits", "seed"],
     "calibrate": ["prepared", "batches"],
     "convert": ["prepared", "out"],
     "verify": ["out", "batches", "runtime"],
-    "quantize": ["model", "batches", "backend", "out", "recipe", "weight_bits", "activation_bits", "first_last_bits", "seed"],
+    "quantize": ["model", "batches", "backend", "out"],
 }
 DEFAULTS = {"recipe": "default", "weight_bits": None, "activation_bits": None, "first_last_bits": None, "seed": 0, "runtime": None}
 
@@ -40,10 +44,19 @@ def run_onnx(path: Path, inputs: tuple[Tensor, ...]) -> list[np.ndarray]:
 def test_a_verb_takes_the_promised_arguments_first_and_the_rest_has_defaults(verb: str) -> None:
     parameters = inspect.signature(getattr(qdeploy, verb)).parameters
     assert list(parameters)[: len(CONTRACT[verb])] == CONTRACT[verb]
-    assert all(p.default is not p.empty for name, p in parameters.items() if name not in CONTRACT[verb])
+    options = [p for p in parameters.values() if p.kind is p.VAR_KEYWORD]
+    assert all(p.default is not p.empty for name, p in parameters.items() if name not in CONTRACT[verb] and p not in options)
     assert {name: p.default for name, p in parameters.items() if name in DEFAULTS} == {
         n: DEFAULTS[n] for n in DEFAULTS if n in parameters
     }
+
+
+def test_quantize_takes_the_options_of_prepare_by_keyword() -> None:
+    prepare = list(inspect.signature(qdeploy.prepare).parameters)
+    assert [*CONTRACT["prepare"][:3], *typing.get_type_hints(api.Options)] == prepare
+    for verb in (qdeploy.quantize, api.prepare_all):
+        (options,) = [p for p in inspect.signature(verb).parameters.values() if p.kind is p.VAR_KEYWORD]
+        assert "Options" in str(options.annotation)
 
 
 def test_the_package_offers_the_verbs_and_nothing_else() -> None:
@@ -151,9 +164,15 @@ def test_an_option_that_there_is_not_is_an_error(options: dict[str, object], wor
         qdeploy.prepare(networks.network("plain"), networks.batches("plain")[0], **options)
 
 
+@cache
+def trainable() -> dict[str, Prepared]:
+    """The plain network for every backend: each is changed by one test only."""
+    return networks.several(networks.network("plain"), networks.batches("plain"), recipe="fast")
+
+
 @pytest.mark.parametrize("backend", backends.names())
 def test_training_goes_on_after_calibration_and_the_result_still_agrees(backend: str, tmp_path: Path) -> None:
-    prepared = networks.calibrated("plain", backend, recipe="fast")
+    prepared = trainable()[backend]
     x = torch.cat([batch for (batch,) in networks.batches("plain")])
     target = torch.arange(len(x)) % 5
     prepared.train()

@@ -1,9 +1,9 @@
-"""Every backend as data, and the scale files against numbers worked by hand.
+"""Every backend as data, and the files of the encodings targets in artifacts of real networks.
 
-The golden files are written by hand for the toy network of `networks.Toy`. Worked, with 2/255 rounded to float32 as
-0.007843137718737125: the range [-1, 1] of x starts 127.5 steps below 0, so code 0 stands for -128 steps, -1.003921627998352, code 255
-for 127 steps, 0.9960784902796149, and the offset is -128. A weight of channel maximum 0.5 has the step 0.5/127 and codes from -128.
-The bias counts steps of 2/255 x 0.5/127 in 32 bits, from -2^31.
+The toy network, worked: 2/255 rounded to float32 is 0.007843137718737125; the range [-1, 1] of x starts 127.5 steps below 0, so code 0
+stands for -128 steps, -1.003921627998352, code 255 for 127 steps, 0.9960784902796149, and the offset is -128. A symmetric weight of
+channel maximum 0.5 has the step 0.5/127 and codes from -128, an asymmetric one with values in [-0.5, 0.5] the step 1/255. The bias
+counts steps of 2/255 x the weight's step in 32 bits, from -2^31. The files themselves are in tests/golden.
 """
 
 from __future__ import annotations
@@ -11,65 +11,45 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import networks
 import numpy as np
 import pytest
-from qdeploy.backends.snpe import ENCODINGS, write_encodings
+from toy import toy
 
 import qdeploy
 from qdeploy import ops
-from qdeploy.backend import Backend, backends
+from qdeploy.backend import QDQ, Backend, Emitted, Format, backends
 from qdeploy.errors import OptionError
 from qdeploy.runtimes import find_runtime
-from qdeploy.spec import Encoding, QuantSpec, Role
+from qdeploy.spec import QuantSpec
 
-GOLDEN = Path(__file__).parent / "golden"
-VERSIONS = ("1.0.0", "0.6.1")
+ENCODINGS = "model.encodings"
+VERSIONS = [(name, version) for name in ("snpe", "qnn") for version in ("1.0.0", "0.6.1")]
 NAMES = {op.name for op in ops.OPS.values()}
-UINT8 = QuantSpec(signed=False, symmetric=False)
-INT8 = QuantSpec(signed=True, symmetric=True, axis=0)
-INT32 = QuantSpec(bits=32, signed=True, symmetric=True, axis=0)
 every = pytest.mark.parametrize("backend", list(backends), ids=lambda backend: backend.name)
+each_version = pytest.mark.parametrize(("name", "version"), VERSIONS)
 
 
-def encoding(tensor: str, role: Role, spec: QuantSpec, scale: list[float], zero_point: list[int]) -> Encoding:
-    return Encoding(tensor=tensor, role=role, spec=spec, scale=scale, zero_point=zero_point)
-
-
-TOY = [
-    encoding("conv0.weight", "weight", INT8, [0.5 / 127, 0.25 / 127], [0, 0]),
-    encoding("conv0.bias", "bias", INT32, [3.0878494726493955e-05, 1.5439247363246977e-05], [0, 0]),
-    encoding("shift", "constant", UINT8, [1 / 255], [128]),
-    encoding("x", "activation", UINT8, [2 / 255], [128]),
-    encoding("r0", "activation", UINT8, [2.54 / 255], [0]),
-]
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_the_scale_file_of_the_toy_network_is_the_one_worked_by_hand(version: str) -> None:
-    (text,) = write_encodings(TOY, version).values()
-    assert text == (GOLDEN / f"toy-{version}.encodings").read_text()
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_the_toy_network_end_to_end_has_the_numbers_worked_by_hand(version: str, tmp_path: Path) -> None:
+@each_version
+def test_the_toy_network_end_to_end_has_the_numbers_worked_by_hand(name: str, version: str, tmp_path: Path) -> None:
     net, data = networks.toy()
-    prepared = qdeploy.calibrate(qdeploy.prepare(net, data[0], "snpe", recipe="fast"), data)
+    prepared = qdeploy.calibrate(qdeploy.prepare(net, data[0], name, recipe="fast"), data)
     made = rows(json.loads((qdeploy.convert(prepared, tmp_path / "out", version).path / ENCODINGS).read_text()))
+    steps = [1 / 255] if name == "snpe" else [0.5 / 127, 0.25 / 127]
     expected = {
-        "x": (8, 2 / 255, -128, False),
-        "r0": (8, 2.54 / 255, 0, False),
-        "conv0.weight": (8, 1 / 255, -128, False),
-        "conv0.bias": (32, 2 / 255 / 255, -(2**31), True),
+        "x": (8, [2 / 255], -128, False),
+        "r0": (8, [2.54 / 255], 0, False),
+        "conv0.weight": (8, steps, -128, name == "qnn"),
+        "conv0.bias": (32, [2 / 255 * step for step in steps], -(2**31), True),
     }
-    assert {name: len(channels) for name, channels in made.items()} == dict.fromkeys(expected, 1)
-    for name, (bits, scale, offset, symmetric) in expected.items():
-        (row,) = made[name]
-        assert (row["bits"], row["offset"], row["symmetric"]) == (bits, offset, symmetric), name
-        # a scale may be raised by up to 2^-9 of itself to keep results off the rounding ties
-        assert scale * (1 - 1e-6) <= row["scale"] <= scale * (1 + 2.0**-9 + 1e-6), name
+    assert {tensor: len(channels) for tensor, channels in made.items()} == {t: len(scales) for t, (_, scales, _, _) in expected.items()}
+    for tensor, (bits, scales, offset, symmetric) in expected.items():
+        for row, scale in zip(made[tensor], scales, strict=True):
+            assert (row["bits"], row["offset"], row["symmetric"]) == (bits, offset, symmetric), tensor
+            # a scale may be raised by up to 2^-9 of itself to keep results off the rounding ties
+            assert scale * (1 - 1e-6) <= row["scale"] <= scale * (1 + 2.0**-9 + 1e-6), tensor
 
 
 def rows(content: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -91,15 +71,18 @@ def rows(content: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@each_version
 @pytest.mark.parametrize("network", networks.NETWORKS)
-def test_the_scale_file_holds_every_encoding_with_offset_minus_zero_point(network: str, version: str) -> None:
-    encodings = networks.artifact(network, "snpe").encodings
-    made = rows(json.loads(write_encodings(encodings, version)[ENCODINGS]))
+def test_the_scale_file_holds_every_encoding_with_offset_minus_zero_point(network: str, name: str, version: str) -> None:
+    encodings = networks.artifact(network, name).encodings
+    writer = backends[name].choose_format(version).write
+    assert writer is not None
+    emitted = Emitted(encodings=tuple(encodings), nodes=(), shapes={}, inputs=(), outputs=())
+    made = rows(json.loads(writer(emitted)[ENCODINGS]))
     assert set(made) == {e.tensor for e in encodings}
     for e in encodings:
         channels = made[e.tensor]
-        np.testing.assert_array_equal(np.float32([c["scale"] for c in channels]), e.scale)
+        np.testing.assert_array_equal(np.array([c["scale"] for c in channels], dtype=np.float32), e.scale)
         smallest = -(2 ** (e.spec.bits - 1)) if e.spec.signed else 0
         assert [c["offset"] for c in channels] == [smallest - int(z) for z in e.zero_point]
         assert all(c["offset"] <= 0 for c in channels)
@@ -109,10 +92,14 @@ def test_the_scale_file_holds_every_encoding_with_offset_minus_zero_point(networ
                 assert c["max"] == pytest.approx((c["offset"] + 2 ** c["bits"] - 1) * c["scale"], rel=1e-12)
 
 
-def test_the_artifact_holds_the_scale_file_of_its_own_encodings() -> None:
-    artifact = networks.artifact("plain", "snpe")
+@pytest.mark.parametrize("name", ["snpe", "qnn"])
+def test_the_artifact_holds_the_scale_file_of_its_own_encodings(name: str) -> None:
+    artifact = networks.artifact("residual", name)
     assert artifact.manifest["format"] == "1.0.0"
-    assert (artifact.path / ENCODINGS).read_text() == write_encodings(artifact.encodings, "1.0.0")[ENCODINGS]
+    made = rows(json.loads((artifact.path / ENCODINGS).read_text()))
+    assert {t: [c["scale"] for c in channels] for t, channels in made.items()} == {
+        e.tensor: [float(s) for s in e.scale] for e in artifact.encodings
+    }
 
 
 @every
@@ -121,18 +108,25 @@ def test_a_backend_names_only_ops_and_runtimes_that_there_are(backend: Backend) 
     named = [rule.ops for rule in backend.rules] + [part for pair in backend.fuse for part in (pair.heads, pair.tails)]
     assert all(group == ops.EVERY or group <= NAMES for group in named)
     assert backend.runtimes and all(find_runtime(name)[1] for name in backend.runtimes)
-    assert backend.title and "{out}/model.onnx" in backend.command
-    assert backend.command.format(out="here").count("here/") == backend.command.count("{out}")
+    assert backend.title and backend.vendor_runtime in ("", *backend.runtimes)
 
 
 @every
-def test_a_backend_that_emits_float_writes_a_scale_file_and_no_other_does(backend: Backend) -> None:
-    assert (backend.emits == "float") == (backend.write is not None) == bool(backend.formats)
-    for version in backend.formats:
-        assert backend.write is not None
-        for name, text in backend.write(TOY, version).items():
-            assert name in backend.command and text.endswith("\n")
-            assert all(e.tensor in text for e in TOY)
+def test_a_command_names_the_files_of_its_format_and_only_the_folder_is_to_be_filled_in(backend: Backend) -> None:
+    for form in backend.formats:
+        if form.command:
+            assert "{out}/model.onnx" in form.command, form.name
+            assert form.command.format(out="here").count("here/") == form.command.count("{out}")
+            assert "{" not in form.command.replace("{out}/", "")
+
+
+@every
+def test_a_scale_file_is_text_about_tensors_or_nodes_of_the_model(backend: Backend) -> None:
+    emitted = toy(backend)
+    for form in backend.formats:
+        for name, text in (form.write(emitted) if form.write is not None else {}).items():
+            assert "conv0" in text or "r0" in text, name
+            assert text.endswith("\n") and not text.endswith("\n\n"), name
 
 
 @every
@@ -143,18 +137,24 @@ def test_the_default_widths_are_among_the_widths(backend: Backend) -> None:
 
 @every
 @pytest.mark.parametrize("what", ["weight", "activation"])
-def test_a_width_that_the_backend_has_not_is_refused_with_the_list(backend: Backend, what: Any) -> None:
+def test_a_width_that_the_backend_has_not_is_refused_with_the_list(backend: Backend, what: Literal["weight", "activation"]) -> None:
     with pytest.raises(OptionError, match=f"'{backend.name}' has no 3-bit {what}s; allowed: .*8"):
         replace(backend, weight_bits=(8, 16), activation_bits=(8, 16)).check_bits(what, 3)
 
 
 @every
 def test_a_format_is_the_default_or_one_of_the_list(backend: Backend) -> None:
-    assert backend.choose_format(None) == (backend.formats[0] if backend.formats else "")
-    assert [backend.choose_format(version) for version in backend.formats] == list(backend.formats)
+    assert backend.choose_format(None) is backend.formats[0]
+    assert [backend.choose_format(form.name) for form in backend.formats] == list(backend.formats)
     with pytest.raises(OptionError, match=r"does not write format '9\.9'; allowed: ") as error:
         backend.choose_format("9.9")
-    assert (", ".join(backend.formats) or "no scale file") in str(error.value)
+    assert ", ".join(form.name for form in backend.formats) in str(error.value)
+
+
+def test_a_backend_that_says_nothing_of_formats_writes_a_qdq_model_alone() -> None:
+    int8 = QuantSpec(signed=True, symmetric=True)
+    plain = Backend(name="plain", title="Plain", activation=int8, weight=int8, bias="float", rules=())
+    assert plain.formats == (QDQ,) == (Format(name="qdq"),)
 
 
 def test_an_unknown_backend_names_the_nearest() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -393,7 +394,7 @@ SAMPLES_OF: dict[str, tuple[str, list[str]]] = {
 OPTIONS: dict[str, tuple[str, list[str]]] = {
     "unknown backend": (
         f"{DIGITS} {DATA} --backend snpee",
-        ["unknown backend 'snpee'", "allowed: onnxruntime, openvino, snpe", "did you mean 'snpe'?"],
+        ["unknown backend 'snpee'", "allowed: ", "onnxruntime, openvino, ", "sigmastar, snpe, ", "did you mean 'snpe'?"],
     ),
     "missing backend file": (f"{DIGITS} {DATA} --backend {{at}}/none_npu.py", ["'{at}/none_npu.py'", "name a Python file"]),
     "backend file that is no Python": (
@@ -443,18 +444,57 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
         f"{DIGITS} {DATA} --activation-bits 5",
         ["backend 'snpe' has no 5-bit activations", "allowed: 8", "choose one"],
     ),
+    "widths of the second of two backends": (
+        f"{DIGITS} {DATA} --backend qnn,snpe --activation-bits 16",
+        ["backend 'snpe' has no 16-bit activations", "allowed: 8", "choose one"],
+    ),
+    "a backend named twice": (f"{DIGITS} {DATA} --backend snpe,tvm,snpe", ["backend 'snpe' is named twice", "name it once"]),
+    "an empty name among backends": (f"{DIGITS} {DATA} --backend snpe,", ["unknown backend ''", "allowed: ", "snpe"]),
+    "one unknown backend of two": (f"{DIGITS} {DATA} --backend tvm,snpee", ["unknown backend 'snpee'", "did you mean 'snpe'?"]),
+    "a format that one backend of two has not": (
+        f"{DIGITS} {DATA} --backend snpe,tvm --format 1.0.0",
+        ["backend 'tvm' does not write format '1.0.0'", "allowed: qdq"],
+    ),
+    "a scheme where the target leaves no choice": (
+        f"{DIGITS} {DATA} --weight-scheme int4",
+        ["backend 'snpe' has no such weight scheme", "found: int4", "allowed: uint8 asymmetric per-tensor", "academic"],
+    ),
+    "a scheme that is none": (
+        f"{DIGITS} {DATA} --backend academic --weight-scheme octal",
+        ["weight scheme 'octal'", "'octal' is not one of int2..int16", "per-channel", "write it as"],
+    ),
+    "a scheme that contradicts itself": (
+        f"{DIGITS} {DATA} --backend academic --weight-scheme 'int8 symmetric asymmetric'",
+        ["weight scheme 'int8 symmetric asymmetric'", "the words contradict each other", "write it as"],
+    ),
+    "a scheme of one bit": (
+        f"{DIGITS} {DATA} --backend academic --activation-scheme uint1",
+        ["activation scheme 'uint1'", "1 bits are not in 2..16", "write it as"],
+    ),
+    "channels of activations": (
+        f"{DIGITS} {DATA} --backend academic --activation-scheme 'int8 per-channel'",
+        ["activation scheme", "found: per-channel", "allowed: per-tensor", "for weights only"],
+    ),
+    "a width that the grid has not": (
+        f"{DIGITS} {DATA} --backend academic --weight-scheme float16 --weight-bits 4",
+        ["backend 'academic' has no 4-bit weights", "allowed: 16;", "choose one"],
+    ),
+    "a width of activations that the grid has not": (
+        f"{DIGITS} {DATA} --backend academic --activation-scheme log8 --activation-bits 4",
+        ["backend 'academic' has no 4-bit activations", "allowed: 8;", "choose one"],
+    ),
     "first and last bits": (
         f"{DIGITS} {DATA} --first-last-bits 7",
         ["backend 'snpe' has no 7-bit weights", "allowed: 8", "choose one"],
     ),
     "format of a backend without": (
         f"{DIGITS} {DATA} --backend tvm --format 1.0.0",
-        ["backend 'tvm'", "'1.0.0'", "none: this backend has no scale file"],
+        ["backend 'tvm'", "'1.0.0'", "allowed: qdq", "leave --format out"],
     ),
-    "unknown format": (f"{DIGITS} {DATA} --format 2.0", ["backend 'snpe'", "'2.0'", "allowed: 1.0.0, 0.6.1", "choose one"]),
+    "unknown format": (f"{DIGITS} {DATA} --format 2.0", ["backend 'snpe'", "'2.0'", "allowed: 1.0.0, 0.6.1", "leave --format out"]),
     "unknown runtime": (
         f"{DIGITS} {DATA} --runtime onnxruntme",
-        ["unknown runtime 'onnxruntme'", "allowed: onnxruntime, openvino", "did you mean 'onnxruntime'?"],
+        ["unknown runtime 'onnxruntme'", "allowed: ", "onnxruntime, openvino", "did you mean 'onnxruntime'?"],
     ),
     "unknown variant": (
         f"{DIGITS} {DATA} --runtime onnxruntime:al",
@@ -550,7 +590,7 @@ def test_quantize(name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.M
     options = ["--backend", "snpe", "--recipe", "fast", "--runtime", "onnxruntime", "--json", "--out", str(tmp_path / "place" / "out")]
     (tmp_path / "place").mkdir()
     before = content(folder)
-    shown = run(["quantize", *options, *given.format(at=folder).split()], monkeypatch, capfd)
+    shown = run(["quantize", *options, *shlex.split(given.format(at=folder))], monkeypatch, capfd)
     check_message(shown, [word.format(at=folder) for word in words], action=name not in ACTION_ELSEWHERE)
     assert not list((tmp_path / "place").iterdir())
     assert content(folder) == before
@@ -597,7 +637,7 @@ VERIFY: dict[str, tuple[Callable[[Path], object], str, list[str]]] = {
     "NaN": (bool, "--data {at}/nan.npy", ["sample 3 of '{at}/nan.npy' holds NaN or Inf"]),
     "labels without their samples": (bool, "--labels {at}/few.npy", ["--labels go with --data", "name the samples"]),
     "too few labels": (bool, "--data {at}/good.npy --labels {at}/few.npy", ["{at}/few.npy", "3 labels for 8 samples"]),
-    "unknown runtime": (bool, "--runtime tmv", ["unknown runtime 'tmv'", "allowed: onnxruntime", "did you mean 'tvm'?"]),
+    "unknown runtime": (bool, "--runtime tmv", ["unknown runtime 'tmv'", "allowed: ", "onnxruntime, openvino", "did you mean 'tvm'?"]),
 }
 
 
@@ -622,7 +662,7 @@ OTHERS = {
     "inspect of strings": ("inspect {at}/zoo.py:make --backend snpe --data {at}/strings.npy", ["'{at}/strings.npy'", "found: <U1"]),
     "unknown backend": ("backends snep", ["unknown backend 'snep'", "did you mean 'snpe'?"]),
     "unknown recipe": ("recipes defalt", ["unknown recipe 'defalt'", "did you mean 'default'?"]),
-    "unknown runtime": ("runtimes qnn", ["unknown runtime 'qnn'", "allowed: onnxruntime"]),
+    "unknown runtime": ("runtimes qnn", ["unknown runtime 'qnn'", "allowed: ", "onnxruntime, openvino, qnn_htp"]),
 }
 
 

@@ -73,9 +73,10 @@ ZOO = """
 MY_NPU = """
     from dataclasses import replace
 
-    from qdeploy.backend import backends, register
+    from qdeploy.backend import Format, backends, register
 
-    MINE = register(replace(backends["onnxruntime"], name="my_npu", title="My own NPU", command="my-compiler {out}/model.onnx"))
+    FORMAT = Format(name="mine", command="my-compiler {out}/model.onnx")
+    MINE = register(replace(backends["onnxruntime"], name="my_npu", title="My own NPU", formats=(FORMAT,)))
 """
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from fractions import Fraction
+from functools import cache
 from math import ceil, floor
 
+import networks
 import numpy as np
 import pytest
 import torch
@@ -14,14 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qdeploy
-from qdeploy.backend import backends
+from qdeploy.backend import OpRule, backends
+from qdeploy.ops import EVERY, MOVE, POOL
 from qdeploy.prepared import Prepared
 from qdeploy.quantizer import Quantizer
 from qdeploy.spec import QuantSpec
-from qdeploy.ties import _LARGEST, WIDEN, _sum_scale, tie_free
+from qdeploy.ties import _LARGEST, SHORT, WIDEN, _shorten, _sum_scale, tie_free
 
 HALF = Fraction(1, 2)
-INTEGER = [name for name in backends.names() if backends[name].bias == "int32"]
+INTEGER = [b.name for b in backends if b.bias == "int32" and b.activation.grid == b.weight.grid == "uniform" and b.activation.bits <= 8]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -80,21 +85,23 @@ def distance_from_ties(ratio: Fraction, reach: int) -> Fraction:
     return nearest
 
 
-def trained(backend: str, seed: int, scale: float = 1.0) -> tuple[nn.Module, Prepared, Tensor]:
-    """A convolution with channels of very different size, calibrated."""
+@cache
+def trained(seed: int, scale: float = 1.0, ties: bool = False) -> dict[str, Prepared]:
+    """A convolution with channels of very different size, calibrated; with `ties` no scale is widened."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU()).eval()
     model[0].weight.data *= scale * torch.tensor([1.0, 0.3, 2.0, 0.05, 0.7]).reshape(-1, 1, 1, 1)
     x = normal(4, 3, 8, 8, seed=seed)
-    prepared = qdeploy.prepare(model, x, backend=backend, recipe="fast")
-    return model, qdeploy.calibrate(prepared, [x]), x
+    with pytest.MonkeyPatch.context() as patch:
+        if ties:
+            patch.setattr("qdeploy.insert.avoid_ties", lambda *_: 0)
+        return networks.several(model, [(x,)], INTEGER, recipe="fast")
 
 
 @pytest.mark.parametrize("backend", INTEGER)
 @pytest.mark.parametrize("seed", range(3))
 def test_no_accumulator_of_a_layer_comes_near_a_tie_with_the_scales_as_they_are_stored(backend: str, seed: int):
-    _, prepared, _ = trained(backend, seed, scale=10.0**seed)
-    q = prepared.quantizers
+    q = trained(seed, 10.0**seed)[backend].quantizers
     source, output = exact(q["input_1"].scale), exact(q["1"].scale)
     for weight in q["0.weight"].scale:
         ratio = source * exact(weight) / output
@@ -105,10 +112,8 @@ def test_no_accumulator_of_a_layer_comes_near_a_tie_with_the_scales_as_they_are_
 
 @pytest.mark.parametrize("backend", INTEGER)
 @pytest.mark.parametrize("seed", range(3))
-def test_scales_grow_by_no_more_than_the_share_that_is_allowed(backend: str, seed: int, monkeypatch: pytest.MonkeyPatch):
-    _, widened, _ = trained(backend, seed)
-    monkeypatch.setattr("qdeploy.insert.avoid_ties", lambda *_: 0)
-    _, plain, _ = trained(backend, seed)
+def test_scales_grow_by_no_more_than_the_share_that_is_allowed(backend: str, seed: int):
+    widened, plain = trained(seed)[backend], trained(seed, ties=True)[backend]
     for tensor in plain.plan.quantized:
         if tensor.role != "bias":
             growth = widened.quantizers[tensor.tensor].scale.double() / plain.quantizers[tensor.tensor].scale.double()
@@ -139,7 +144,7 @@ def test_a_weight_that_two_layers_share_grows_once_and_suits_the_first(monkeypat
 
 
 def fixed(scale: float, zero_point: int, spec: QuantSpec) -> Quantizer:
-    made = Quantizer(spec, "activation", None)
+    made = Quantizer(spec, "activation")
     made.set(torch.tensor([scale]), torch.tensor([zero_point]))
     return made
 
@@ -191,7 +196,7 @@ class Exact(torch.fx.Interpreter):
         return super().fetch_attr(target).detach().double()
 
     def call_module(self, target: str, args: tuple, kwargs: dict) -> Tensor:
-        q, (x, name, _) = self.module.get_submodule(target), args
+        q, (x, name) = self.module.get_submodule(target), args
         shape = [-1 if d == q.spec.axis else 1 for d in range(x.dim())] if q.spec.axis is not None else []
         scale, zero = q.scale.double().reshape(shape), q.zero_point.reshape(shape)
         # the parameters' codes are divided in float32, as they are stored
@@ -213,22 +218,65 @@ class Simulated(torch.fx.Interpreter):
         return result
 
 
-@pytest.mark.parametrize("backend", INTEGER)
-def test_the_simulation_in_float32_has_the_codes_of_exact_arithmetic_bit_for_bit(backend: str):
-    model, x = Deep().eval(), normal(16, 4, 8, 8)
-    prepared = qdeploy.prepare(model, x, backend=backend, recipe="fast")
-    qdeploy.calibrate(prepared, [x])
-    fresh = normal(32, 4, 8, 8, seed=9)
+def assert_codes_are_exact(prepared: Prepared, fresh: Tensor, count: int) -> None:
     simulated, reference = Simulated(prepared), Exact(prepared)
     with torch.no_grad():
         # the codes of the input are not the layers' doing: start both from values on the input's grid
         start = prepared.quantizers["x"](fresh, "x")
         simulated.run(start)
         reference.run(start.double())
-    assert len(simulated.codes) > 25
+    assert len(simulated.codes) >= count
     for name, codes in reference.codes.items():
         wrong = int((codes != simulated.codes[name]).sum())
         assert not wrong, f"{wrong} of {codes.numel()} codes of '{name}' differ"
+
+
+@cache
+def deep() -> dict[str, Prepared]:
+    return networks.several(Deep().eval(), [(normal(16, 4, 8, 8),)], INTEGER, recipe="fast")
+
+
+@pytest.mark.parametrize("backend", INTEGER)
+def test_the_simulation_in_float32_has_the_codes_of_exact_arithmetic_bit_for_bit(backend: str):
+    assert_codes_are_exact(deep()[backend], normal(32, 4, 8, 8, seed=9), count=26)
+
+
+class Averages(nn.Module):
+    """Averages of 4, 16 and 64 elements, one of them of a sum, where ties are common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.conv, self.last = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = F.relu(self.conv(x))
+        z = F.relu(y + self.last(F.avg_pool2d(y, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)))
+        return F.adaptive_avg_pool2d(z, 1), F.avg_pool2d(z, 4), y.mean((2, 3))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_an_average_that_keeps_the_scale_of_its_input_has_exact_ties(signed: bool):
+    rules = (OpRule(ops=MOVE | POOL, inputs=True, output=True, share=True), OpRule(ops=EVERY, inputs=True, output=True))
+    spec = QuantSpec(signed=signed, symmetric=signed)
+    target = replace(backends["onnxruntime"], name="keeper", activation=spec, rules=rules)
+    x = normal(16, 4, 8, 8)
+    prepared = networks.several(Averages().eval(), [(x,)], [target], recipe="fast")["keeper"]
+    shared = [t for t in prepared.plan.quantized if t.op in ("avg_pool2d", "adaptive_avg_pool2d", "mean")]
+    assert len(shared) == 4 and not any(t.observe for t in shared)
+    for tensor in shared:
+        mantissa, _ = math.frexp(float(prepared.quantizers[tensor.tensor].scale))
+        assert (mantissa * 2**SHORT).is_integer()
+    assert_codes_are_exact(prepared, normal(64, 4, 8, 8, seed=9), count=10)
+
+
+@given(scale=st.floats(1e-6, 1e6))
+@example(scale=1.0)
+@example(scale=0.9999999)
+def test_a_short_scale_is_the_next_one_up_with_few_bits(scale: float):
+    short = _shorten(scale)
+    assert scale <= short <= scale * (1 + WIDEN)
+    assert (math.frexp(short)[0] * 2**SHORT).is_integer() and _shorten(short) == short
 
 
 class SkipAdd(nn.Module):
@@ -243,7 +291,7 @@ class SkipAdd(nn.Module):
         return self.last(torch.relu(self.conv(x) + x))
 
 
-@pytest.mark.parametrize("backend", ["tensorrt", "openvino"])
+@pytest.mark.parametrize("backend", [b.name for b in backends if b.residual == "skip" and b.activation.grid == "uniform"])
 def test_channels_and_skip_of_a_fused_add_are_fractions_of_one_odd_denominator(backend: str) -> None:
     x = torch.randn(8, 4, 6, 6, generator=torch.Generator().manual_seed(0))
     prepared = qdeploy.prepare(SkipAdd(), x, backend, "fast")

@@ -2,10 +2,10 @@
 
     python tools/first_divergence.py samples/digits.pt2 --backend snpe --data samples/digits_test.npz --runtime openvino
 
-The model is quantized in a temporary folder; every activation's codes become outputs of the ONNX file (which may keep a runtime from
-fusing across them), and each is compared with the simulation's. The first tensor that differs is where to look: a rounding, a bias, an
-average. What follows it differs because its input does. `--isolate` gives every op the simulation's own inputs instead, so that each
-row shows what its op alone does.
+The model is quantized in a temporary folder; every quantized activation becomes an output of the ONNX file (which may keep a runtime
+from fusing across them), and its codes are compared with the simulation's. The first tensor that differs is where to look: a rounding,
+a bias, an average. What follows it differs because its input does. `--isolate` gives every op the simulation's own inputs instead, so
+that each row shows what its op alone does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from onnx import TensorProto, helper
 from onnx.utils import Extractor
 from torch import Tensor
 
-from qdeploy import api
+from qdeploy import api, arith
 from qdeploy.artifact import Artifact
 from qdeploy.files.data import Data, array_specs, open_data
 from qdeploy.files.model import load_model
@@ -31,7 +31,8 @@ from qdeploy.quantizer import Quantizer
 from qdeploy.runtimes import Runtime, runtimes
 from qdeploy.spec import Encoding
 
-TYPES = {"uint8": TensorProto.UINT8, "int8": TensorProto.INT8, "uint16": TensorProto.UINT16, "int16": TensorProto.INT16}
+LAST = ("FlushSubnormals", "Cast_1", "LogDequantize", "DequantizeLinear")
+"""How the last node of an encoding is called after its tensor, on whichever grid."""
 
 
 def main() -> None:
@@ -63,73 +64,92 @@ def compare(
 ) -> None:
     """Print one row per quantized activation, in the order of the graph."""
     batch = next(data.batches(samples))
-    codes = simulated_codes(prepared, batch)
+    raw, codes = simulated(prepared, batch)
     encodings = {e.tensor: e for e in artifact.encodings if e.role == "activation"}
     variant = variant or runtime.variants[0]
     print(f"{'tensor':40} {'codes that differ':>18} {'largest, in steps':>18}")
-    parts = isolated(artifact, encodings, codes) if isolate else [whole(artifact, encodings, batch)]
+    parts = isolated(artifact, encodings, raw) if isolate else [whole(artifact, encodings, batch)]
     with tempfile.TemporaryDirectory() as folder:
         for model, names, inputs in parts:
             path = Path(folder) / "part.onnx"
             onnx.save(model, path)
             outputs = runtime.open(path, len(batch[0]), variant).run(inputs)
             for name, made in zip(names, outputs, strict=True):
-                steps = np.abs(made.astype(np.int64) - codes[name].astype(np.int64))
+                steps = np.abs(places(torch.from_numpy(made), encodings[name]) - codes[name])
                 print(f"{name:40} {(steps > 0).mean():>18.2e} {steps.max():>18}")
 
 
 Part = tuple[onnx.ModelProto, list[str], list[np.ndarray]]
 
 
+def ends(model: onnx.ModelProto, tensor: str) -> tuple[str, str]:
+    """The names of an activation's values before the nodes of its encoding and after them."""
+    nodes = {node.name: node for node in model.graph.node}
+    makers = {out: node for node in model.graph.node for out in node.output}
+    first = last = next(nodes[f"{tensor}_{op}"] for op in LAST if f"{tensor}_{op}" in nodes)
+    while first.input[0] in makers and makers[first.input[0]].name.startswith(f"{tensor}_{makers[first.input[0]].op_type}"):
+        first = makers[first.input[0]]
+    return first.input[0], last.output[0]
+
+
 def whole(artifact: Artifact, encodings: dict[str, Encoding], batch: tuple[Tensor, ...]) -> Part:
-    """The whole model with the codes of every activation as its outputs."""
+    """The whole model with every quantized activation as its outputs."""
     model = onnx.load(artifact.simulation)
     del model.graph.output[:]
-    for name, encoding in encodings.items():
-        model.graph.output.append(helper.make_tensor_value_info(f"{name}_quantized", TYPES[dtype(encoding)], None))
+    for name in encodings:
+        model.graph.output.append(helper.make_tensor_value_info(ends(model, name)[1], TensorProto.FLOAT, None))
     return model, list(encodings), [t.numpy() for t in batch]
 
 
-def isolated(artifact: Artifact, encodings: dict[str, Encoding], codes: dict[str, np.ndarray]) -> Iterator[Part]:
+def isolated(artifact: Artifact, encodings: dict[str, Encoding], raw: dict[str, np.ndarray]) -> Iterator[Part]:
     """For every activation the part of the model between the quantized tensors before it and itself."""
     model = onnx.shape_inference.infer_shapes(onnx.load(artifact.simulation))
     extractor = Extractor(model)
     makers = {out: node for node in model.graph.node for out in node.output}
+    starts = {name: ends(model, name)[0] for name in encodings}
+    quantized = {ends(model, name)[1]: name for name in encodings}
     for name in encodings:
-        sources: list[str] = []
-        pending = [makers[f"{name}_quantized"].input[0]]
+        sources: set[str] = set()
+        pending = [starts[name]]
         while pending:
             tensor = pending.pop()
-            maker = makers.get(tensor)
-            if maker is not None and maker.op_type == "DequantizeLinear" and maker.input[0] in makers:
-                sources.append(maker.input[0])
-            elif maker is not None:
-                pending.extend(maker.input)
+            if tensor in quantized:
+                sources.add(quantized[tensor])
+            elif tensor in makers:
+                pending.extend(makers[tensor].input)
         if sources:
-            sources = sorted(set(sources))
-            part = extractor.extract_model(sources, [f"{name}_quantized"])
-            yield part, [name], [codes[source.removesuffix("_quantized")] for source in sources]
+            order = sorted(sources)
+            part = extractor.extract_model([starts[source] for source in order], [ends(model, name)[1]])
+            yield part, [name], [raw[source] for source in order]
 
 
-def dtype(encoding: Encoding) -> str:
-    """The integer type of an activation's codes."""
-    return f"{'' if encoding.spec.signed else 'u'}int{encoding.spec.bits}"
-
-
-def simulated_codes(prepared: Prepared, batch: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
-    """The integer codes of every quantized activation in the simulation."""
+def simulated(prepared: Prepared, batch: tuple[Tensor, ...]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What enters the quantizer of every activation in the simulation, and the places of its codes."""
+    raw: dict[str, np.ndarray] = {}
     codes: dict[str, np.ndarray] = {}
 
-    def keep(quantizer: Quantizer, args: tuple[object, ...], output: Tensor) -> None:
+    def keep(quantizer: Quantizer, args: tuple[Tensor, str], output: Tensor) -> None:
         if quantizer.role == "activation":
-            e = quantizer.encoding(str(args[1]))
-            codes[e.tensor] = (torch.round(output / quantizer.scale) + quantizer.zero_point).numpy().astype(dtype(e))
+            values, tensor = args
+            raw[tensor] = values.numpy()
+            codes[tensor] = places(output, quantizer.encoding(tensor))
 
     hooks = [q.register_forward_hook(keep) for q in set(prepared.quantizers.values())]
     prepared.flat(batch)
     for hook in hooks:
         hook.remove()
-    return codes
+    return raw, codes
+
+
+def places(values: Tensor, encoding: Encoding) -> np.ndarray:
+    """The codes of values on the grid, counted so that neighbours differ by one: signs and magnitudes become integers."""
+    scale, zero = torch.from_numpy(encoding.scale.copy()), torch.from_numpy(encoding.zero_point.copy())
+    codes = arith.quantize(values, scale, zero, encoding.spec)
+    if encoding.spec.grid == "log":  # 128 is zero and 0 the smallest positive value
+        codes = torch.where(codes < 128, codes + 1, 128 - codes)
+    elif not encoding.spec.linear:
+        codes = torch.where(codes < 0, -(codes + 32768), codes)
+    return codes.numpy()
 
 
 if __name__ == "__main__":

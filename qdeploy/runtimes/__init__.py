@@ -49,7 +49,7 @@ class Runtime:
 
     name: str
     title: str
-    module: str
+    modules: tuple[str, ...]
     extra: str | None
     min_agreement: float
     open: Callable[[Path, int, str], Session]
@@ -57,8 +57,8 @@ class Runtime:
     max_batch: int = 64
 
     def installed(self) -> bool:
-        """Whether the runtime's module can be imported here."""
-        return importlib.util.find_spec(self.module) is not None
+        """Whether the runtime's modules can be imported here."""
+        return all(importlib.util.find_spec(module) is not None for module in self.modules)
 
     def require(self) -> None:
         """Raise `NotInstalledError`, with the pip command, where the runtime is not installed."""

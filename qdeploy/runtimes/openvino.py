@@ -74,7 +74,7 @@ runtimes.add(
     Runtime(
         name="openvino",
         title="OpenVINO, CPU",
-        module="openvino",
+        modules=("openvino",),
         extra="openvino",
         min_agreement=0.995,
         open=_open,

@@ -78,7 +78,7 @@ runtimes.add(
     Runtime(
         name="qnn_htp",
         title="Qualcomm QNN, HTP emulation",
-        module="onnxruntime_qnn",
+        modules=("onnxruntime_qnn",),
         extra="qnn",
         min_agreement=0.97,
         open=_open,

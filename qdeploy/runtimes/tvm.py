@@ -60,7 +60,7 @@ runtimes.add(
     Runtime(
         name="tvm",
         title="Apache TVM, CPU",
-        module="tvm",
+        modules=("tvm",),
         extra="tvm",
         min_agreement=0.999,
         open=_open,

@@ -1,0 +1,50 @@
+"""Watch tensors of a float graph while data passes: every observer of every target sees its tensor in one pass.
+
+The observers hang on a copy of the captured graph as `Tap` modules, one after each watched tensor. Rows and their extremes are
+computed once a tensor and channel axis, whatever the number of observers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, fx, nn
+
+from qdeploy import graph
+from qdeploy.observer import Observer, as_rows, finite_minmax
+
+FOLDER = "taps"
+
+
+class Tap(nn.Module):
+    """Shows a tensor to its observers."""
+
+    def __init__(self, tensor: str, observers: Sequence[Observer]):
+        super().__init__()
+        self.tensor = tensor
+        self.by_axis: dict[int | None, list[Observer]] = {}
+        for observer in observers:
+            self.by_axis.setdefault(observer.spec.axis, []).append(observer)
+
+    def forward(self, x: Tensor) -> None:
+        """Update all observers; `InputError` naming the tensor when NaN or Inf is among the values."""
+        for axis, observers in self.by_axis.items():
+            rows = as_rows(x, axis)
+            low, high = finite_minmax(rows, self.tensor)
+            for observer in observers:
+                observer.update(rows, low, high)
+
+
+def watched(module: fx.GraphModule, observers: Mapping[str, Sequence[Observer]]) -> fx.GraphModule:
+    """A copy of the float graph `module` in which the tensors that `observers` names show themselves."""
+    copy = graph.copy(module)
+    copy.add_module(FOLDER, nn.Module())
+    for node in list(copy.graph.nodes):
+        name = graph.tensor_name(node)
+        if node.op in ("placeholder", "call_function") and name in observers:
+            path = f"{FOLDER}.t{len(copy.get_submodule(FOLDER)._modules)}"
+            copy.add_submodule(path, Tap(name, observers[name]))
+            with copy.graph.inserting_after(node):
+                copy.graph.call_module(path, (node,))
+    copy.recompile()
+    return copy
