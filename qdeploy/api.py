@@ -283,7 +283,6 @@ def convert(prepared: Prepared, out: str | Path, file_format: str | None = None)
         "inputs": [asdict(spec) for spec in prepared.captured.inputs],
         "outputs": emit.output_names(prepared.captured.module),
         "tie_free": prepared.plan.tie_free,
-        "exact": prepared.plan.exact,
         "planned": [tensor.tensor for tensor in prepared.plan.quantized],
         "float": {tensor.tensor: tensor.reason for tensor in prepared.plan.tensors if tensor.spec is None},
         "encodings": [encoding.to_json() for encoding in encodings],

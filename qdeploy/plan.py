@@ -42,8 +42,6 @@ class TensorPlan:
     observe: bool = True
     scales_of: tuple[str, str] | None = None
     average: tuple[str, tuple[int, int]] | None = None
-    loose: bool = False
-    """Whether its values flow on to another op in float, for no fused kernel's sake."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,12 +60,6 @@ class Plan:
     def quantized(self) -> tuple[TensorPlan, ...]:
         """Those with a spec: each of them must get an encoding."""
         return tuple(t for t in self.tensors if t.spec is not None)
-
-    @property
-    def exact(self) -> bool:
-        """Whether kernels that add in another order must still make the same codes: see `ties`."""
-        specs = [t.spec for t in self.quantized if t.spec is not None and t.role != "bias"]
-        return all(spec.linear and spec.bits <= 8 for spec in specs) and not any(t.loose for t in self.tensors)
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """Table rows: tensor, role, op, scheme, reason."""
@@ -262,7 +254,7 @@ class _Planner:
         op = self.op[node].name if node in self.op else "input"
         plan = TensorPlan(tensor=graph.tensor_name(node), role="activation", op=op, spec=None, reason=self._float_reason(node))
         if not readers:
-            return replace(plan, loose=node in self.op and node not in self.notes and any(u in self.op for u in node.users))
+            return plan
         root = groups.root(node)
         rule = self.rule.get(node)
         carried = rule is not None and rule.share and any((s, node) in self.edges for s in self.data[node])

@@ -324,7 +324,7 @@ def _runtime_row(artifact: Artifact, runtime: Runtime, variant: str) -> _Row:
 
 def _asked(artifact: Artifact, runtime: Runtime) -> Runtime:
     """`runtime` with the agreement that is asked of it."""
-    if artifact.manifest.get("exact", True):
+    if artifact.manifest["tie_free"]:
         return runtime
     return replace(runtime, min_agreement=min(runtime.min_agreement, INEXACT))
 

@@ -5,9 +5,6 @@ Two of its optimizations change the numbers that the file describes, and are swi
 - `WeightBiasQuantization` rounds a bias that the file leaves float to int32 at `scale_x * scale_w`.
 - `DoubleQDQPairsRemover` drops the first of two requantizations in a row, and its rounding with it.
 
-One more, `QDQPropagationTransformer`, is switched off for files with int8 activations: at opset 21 it moves their QuantizeLinear in
-front of a pooling or a reshape without its zero_point, and ONNX Runtime (1.31) then refuses the model.
-
 What remains re-associates float operations. On processors without VNNI its uint8 x int8 kernels may saturate: that is how it deploys
 there, and `verify` on such a machine shows it.
 
@@ -27,7 +24,6 @@ from typing import Any
 from qdeploy.runtimes import Array, Runtime, runtimes
 
 INEXACT_OPTIMIZERS = ("WeightBiasQuantization", "DoubleQDQPairsRemover")
-FAILING_OPTIMIZER = "QDQPropagationTransformer"
 FAILS_ON_FOUR_BITS = "ClipQuantRewrite"
 FAILS_ON_INT8 = "QDQPropagationTransformer"
 
