@@ -18,24 +18,28 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from qdeploy import __version__, artifact, emit, fold, graph
+from qdeploy import __version__, artifact, emit, fold, graph, tuning
+from qdeploy.algorithm import Tell, make_step, silent
 from qdeploy.artifact import Artifact
 from qdeploy.backend import Backend, backends
 from qdeploy.capture import Captured, capture
+from qdeploy.cookbook import find_recipe
+from qdeploy.distill import distill
 from qdeploy.errors import InputError, OptionError
-from qdeploy.insert import freeze, insert_quantizers, observed
-from qdeploy.observer import Observer, make_observer
+from qdeploy.flow import run
+from qdeploy.insert import freeze, insert_quantizers, settle
+from qdeploy.observer import Observer
+from qdeploy.onepass import Batch, make_observers, observe, observer_of
 from qdeploy.onnxfile import emitted
 from qdeploy.plan import Plan, Widths, make_plan
 from qdeploy.prepared import Prepared
-from qdeploy.recipe import Recipe, find_recipe
-from qdeploy.spec import QuantSpec, Role
+from qdeploy.recipe import Recipe
+from qdeploy.spec import QuantSpec
 from qdeploy.verification import Report, verify_artifact
-from qdeploy.watch import watched
 
-Batch = Tensor | Sequence[Tensor]
 Target = str | Backend
 Targets = str | Sequence[Target]
+Labels = Sequence[int] | Tensor | NDArray[Any]
 Watch = Callable[[int], None]
 
 
@@ -155,11 +159,12 @@ def _prepare(
     chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
     captured = capture(model, example_inputs)
     fold.fold_batch_norms(captured.module)
+    if any(make_step(one.step, one.options).needs_biases for one in chosen.steps):
+        fold.add_biases(captured.module)
     fold.untie_biases(captured.module)
     shared: dict[object, Observer] = {}
-    several = len(targets) > 1
     plans = [make_plan(captured.module, target, widths) for target in targets]
-    return tuple(_prepared(captured, plan, target, chosen, seed, shared, several) for plan, target in zip(plans, targets, strict=True))
+    return tuple(_prepared(captured, plan, target, chosen, seed, shared) for plan, target in zip(plans, targets, strict=True))
 
 
 def _prepared(
@@ -169,21 +174,14 @@ def _prepared(
     recipe: Recipe,
     seed: int,
     shared: dict[object, Observer],
-    own_parameters: bool,
 ) -> Prepared:
-    """One target's simulation. Groups of the same tensors with the same statistics have one observer in `shared`."""
+    """One target's simulation, with parameters of its own."""
     if not any(tensor.role == "weight" and tensor.spec for tensor in plan.tensors):
         ops = ", ".join(sorted({tensor.op for tensor in plan.tensors if tensor.role == "activation"}))
         raise InputError(f"backend '{target.name}' finds no layer to quantize", found=f"ops: {ops}", action="see qdeploy inspect")
     _check_float32(captured.module, plan)
-    specs = {planned.group: planned.spec for planned in plan.quantized if planned.spec is not None}
-    observers: dict[str, Observer] = {}
-    for group, tensors in observed(plan).items():
-        choice = recipe.choice("activation", specs[group])
-        made = make_observer(choice.observer, specs[group], choice.options)
-        key = (choice.observer, repr(sorted(choice.options.items())), specs[group].axis, frozenset(tensors))
-        observers[group] = shared.setdefault(key, made)
-    module = graph.copy(captured.module, own_parameters)
+    observers = make_observers(plan, recipe, shared)
+    module = graph.copy(captured.module, own_parameters=True)
     quantizers = insert_quantizers(module, plan)
     return Prepared(captured, module, plan, target, recipe, seed, quantizers, observers)
 
@@ -197,15 +195,33 @@ def _check_float32(module: fx.GraphModule, plan: Plan) -> None:
             raise InputError("the model is not in float32", found=found, action="call model.float(), and give float32 examples")
 
 
-def calibrate(prepared: Prepared, batches: Iterable[Batch], watch: Watch = unwatched) -> Prepared:
-    """Pass `batches` once through `prepared` and fix all ranges. `watch` is told the samples done. Returns `prepared`.
+def calibrate(
+    prepared: Prepared,
+    batches: Iterable[Batch],
+    watch: Watch = unwatched,
+    labels: Labels | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    tell: Tell = silent,
+) -> Prepared:
+    """Pass `batches` once through `prepared`, fix all ranges, and run the steps of the recipe. Returns `prepared`.
 
-    Raises `InputError` where a batch does not fit, holds NaN or Inf, or where there is none.
+    labels: a class a sample; steps are then judged by right classes instead of SQNR. folder: where long steps keep their finished
+    parts, which `resume` reads back. `watch` is told the samples done, `tell` how a step goes. Raises `InputError` where a batch does
+    not fit, holds NaN or Inf, or where there is none.
     """
-    return calibrate_all((prepared,), batches, watch)[0]
+    return calibrate_all((prepared,), batches, watch, labels, folder, resume, tell)[0]
 
 
-def calibrate_all(several: Sequence[Prepared], batches: Iterable[Batch], watch: Watch = unwatched) -> Sequence[Prepared]:
+def calibrate_all(
+    several: Sequence[Prepared],
+    batches: Iterable[Batch],
+    watch: Watch = unwatched,
+    labels: Labels | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    tell: Tell = silent,
+) -> Sequence[Prepared]:
     """`calibrate` for all that one `prepare_all` made, in one pass over the data."""
     if any(one.calibrated for one in several):
         raise OptionError("the model is calibrated already", action="prepare it again")
@@ -213,39 +229,30 @@ def calibrate_all(several: Sequence[Prepared], batches: Iterable[Batch], watch: 
         raise OptionError("these models were not prepared together", action="name all backends in one call of prepare")
     first = several[0]
     torch.manual_seed(first.seed)
-    watching = watched(first.captured.module, _by_tensor(several))
-    with torch.no_grad():
-        for item in batches:
-            batch = (item,) if isinstance(item, Tensor) else tuple(item)
-            first.check(batch)
-            watching(*batch)
-            first.remember(batch)
-            first.samples_seen += len(batch[0])
-            watch(first.samples_seen)
-    if not first.samples_seen:
-        raise InputError("there is no calibration data", action="give at least one batch")
+    classes = None if labels is None else torch.as_tensor(np.asarray(labels))
+    kept = observe(several, iter(batches), watch, classes, tell)
+    if folder is not None and any(tuning.tunes(one) for one in several):
+        tuning.open_folder(Path(folder), several, resume)
     for one in several:
         one.samples_seen, one.reference = first.samples_seen, first.reference
-        freeze(one.module, one.plan, one.quantizers, one.observers, partial(_observer, one.recipe))
-        one.calibrated, one.observers = True, {}
+        made = partial(observer_of, one.recipe)
+        one.chosen, one.biases = freeze(one.module, one.plan, one.quantizers, one.observers, made)
+        settle(one.module, one.plan, one.quantizers, one.chosen, one.biases)
         one.set_mode("quantize")
+        tuning.tune(one, kept.samples(), kept.held(), kept.labels(), None if folder is None else Path(folder) / one.backend.name, tell)
+        one.calibrated, one.observers = True, {}
     return several
 
 
-def _by_tensor(several: Sequence[Prepared]) -> dict[str, list[Observer]]:
-    """The observers that each tensor is shown to, every one once."""
-    found: dict[str, list[Observer]] = {}
-    for one in several:
-        for group, tensors in observed(one.plan).items():
-            for tensor in tensors:
-                if all(one.observers[group] is not other for other in found.setdefault(tensor, [])):
-                    found[tensor].append(one.observers[group])
-    return found
+def distill_data(
+    model: nn.Module | ExportedProgram, example_inputs: Batch | None, samples: int = 512, seed: int = 0, tell: Tell = silent
+) -> list[tuple[Tensor, ...]]:
+    """Calibration data for a model without any: batches of images made from its batch-norm statistics; see `qdeploy.distill`.
 
-
-def _observer(recipe: Recipe, role: Role, spec: QuantSpec) -> Observer:
-    choice = recipe.choice(role, spec)
-    return make_observer(choice.observer, spec, choice.options)
+    Raises `InputError` where the model has none.
+    """
+    captured = capture(model, example_inputs)
+    return distill(captured.module, captured.inputs, samples, seed, tell=tell)
 
 
 def convert(prepared: Prepared, out: str | Path, file_format: str | None = None) -> Artifact:
@@ -275,6 +282,7 @@ def convert(prepared: Prepared, out: str | Path, file_format: str | None = None)
         "command": form.command,
         "runtimes": list(backend.runtimes),
         "recipe": _plain_recipe(prepared.recipe),
+        "steps": prepared.log,
         "seed": prepared.seed,
         "calibration_samples": prepared.samples_seen,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")},
@@ -294,7 +302,7 @@ def verify(
     out: str | Path | Artifact,
     batches: Iterable[Batch] | None = None,
     runtime: str | Sequence[str] | None = None,
-    labels: Sequence[int] | Tensor | NDArray[Any] | None = None,
+    labels: Labels | None = None,
     simulation: Prepared | None = None,
     watch: Watch = unwatched,
 ) -> Report:
@@ -372,8 +380,8 @@ def _reference(prepared: Prepared) -> artifact.Arrays:
     """The kept samples with what the float model and the simulation make of them."""
     inputs = [torch.cat(parts) for parts in zip(*prepared.reference, strict=True)]
     arrays = {f"input.{spec.name}": t.numpy() for spec, t in zip(prepared.captured.inputs, inputs, strict=True)}
-    for label, mode in (("float", "float"), ("simulated", "quantize")):
-        with prepared.mode(mode):  # type: ignore[arg-type]
-            made = prepared.flat(inputs)
-        arrays |= {f"{label}.{name}": t.numpy() for name, t in zip(emit.output_names(prepared.captured.module), made, strict=True)}
+    names = emit.output_names(prepared.captured.module)
+    size = prepared.batch_size
+    for label, module in (("float", prepared.captured.module), ("simulated", prepared.module)):
+        arrays |= {f"{label}.{name}": t.numpy() for name, t in zip(names, run(module, inputs, size), strict=True)}
     return arrays

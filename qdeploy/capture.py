@@ -59,6 +59,7 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Tensor | Sequenc
     _check_outputs(module)
     _own_parameters(module)
     simplify.drop_nothing_ops(module)
+    simplify.loosen_views(module)
     simplify.infer_batch(module)
     _name_tensors(module)
     inputs = tuple(_input_spec(node) for node in module.graph.find_nodes(op="placeholder"))

@@ -4,6 +4,9 @@
 
 with g along the output channels of W. (Jacob et al. 2018, section 3.2; for inference.) Every folded layer gets a weight and a
 bias of its own, so that a layer that is called twice, each time before another batch norm, folds as well.
+
+What the batch norm knew of its output stays: `meta["statistics"]` of the layer is then `(beta, |gamma|)`, mean and standard deviation
+of each channel before any activation, float64 `[C]`.
 """
 
 from __future__ import annotations
@@ -20,6 +23,28 @@ def fold_batch_norms(module: fx.GraphModule) -> int:
     for node in list(module.graph.nodes):
         if node.op == "call_function" and graph.op_of(node).name == "batch_norm":
             count += _fold(module, node)
+    graph.finish(module)
+    return count
+
+
+def add_biases(module: fx.GraphModule) -> int:
+    """Give every layer with constant weights a bias, of zeros where it had none. Returns the number added."""
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        op = graph.op_of(node)
+        weight = graph.argument(node, op.weight)
+        if op.bias is None or weight is None or weight.op != "get_attr" or graph.argument(node, op.bias) is not None:
+            continue
+        made = graph.value(node)
+        assert isinstance(made, Tensor)
+        tensor = torch.zeros(int(made.shape[-1 if op.name == "linear" else 1]))
+        tensor = tensor.to(graph.parameter(module, str(weight.target)).dtype)
+        path = _free_path(module, f"{str(weight.target).rpartition('.')[0]}.bias".lstrip("."))
+        graph.set_parameter(module, path, tensor)
+        _set_argument(node, op.bias, graph.parameter_node(module.graph, path, tensor, node))
+        count += 1
     graph.finish(module)
     return count
 
@@ -78,6 +103,7 @@ def _fold(module: fx.GraphModule, norm: fx.Node) -> int:
     for position, place, tensor in ((op.weight, path, new_weight), (op.bias, bias_path, new_bias)):
         graph.set_parameter(module, place, tensor.requires_grad_(old_weight.requires_grad))
         _set_argument(layer, position, graph.parameter_node(module.graph, place, tensor, layer))
+    layer.meta["statistics"] = _statistics(module, norm, gain.numel())
     _bypass(norm, layer)
     return 1
 
@@ -101,6 +127,13 @@ def _affine(module: fx.GraphModule, norm: fx.Node) -> tuple[Tensor, Tensor]:
     gain = gain if gamma is None else gain * gamma
     shift = -mean * gain
     return gain, shift if beta is None else shift + beta
+
+
+def _statistics(module: fx.GraphModule, norm: fx.Node, channels: int) -> tuple[Tensor, Tensor]:
+    """`(mean, std)` of the output of a batch norm, float64 `[C]`."""
+    gamma, beta = (graph.parameter(module, str(n.target)).detach().double() if isinstance(n, fx.Node) else None for n in norm.args[1:3])
+    mean = torch.zeros(channels, dtype=torch.float64) if beta is None else beta.clone()
+    return mean, torch.ones_like(mean) if gamma is None else gamma.abs()
 
 
 def _set_argument(layer: fx.Node, position: int, node: fx.Node) -> None:

@@ -139,6 +139,10 @@ class HistogramObserver(Observer):
             self._histogram = Histogram(rows.shape[0], BINS if rows.shape[0] <= MANY_ROWS else BINS // 4)
         self._histogram.update(rows, low, high)
 
+    def share(self, other: HistogramObserver) -> None:
+        """Look at the histogram of `other`, which alone counts."""
+        self._histogram = other._histogram
+
     def clipped(self, threshold: Tensor) -> tuple[Tensor, Tensor]:
         """The exact extremes, cut off at |x| = `threshold`, float64 `[C]`."""
         seen = self.histogram

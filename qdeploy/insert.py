@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from qdeploy import arith, graph
 from qdeploy.errors import InputError
@@ -57,37 +57,63 @@ def _call(g: fx.Graph, node: fx.Node, planned: TensorPlan, path: str) -> None:
         user.replace_input_with(node, call)
 
 
+Numbers = tuple[Tensor, Tensor]
+"""A quantizer's scale and zero_point."""
+
+
 def freeze(
     module: fx.GraphModule,
     plan: Plan,
     serving: Mapping[str, Quantizer],
     seen: Mapping[str, Observer],
     make_observer: MakeObserver,
-) -> None:
-    """Fix all numbers: activations from what was `seen` of their group, weights and constants from themselves, then the biases.
+) -> tuple[dict[Quantizer, Numbers], dict[str, Tensor]]:
+    """Fix the scales: of activations from what was `seen` of their group, of weights and constants from themselves.
 
-    A weight scale is raised where its bias would not fit in int32, and then to a ratio that no runtime rounds differently. A bias
-    that stays float is moved to the nearest multiple of its accumulator's step: kernels that add it as an integer add the same.
+    Returns what `settle` starts from: these scales, and the biases that follow from scales by their paths, as they are in float.
     """
+    chosen: dict[Quantizer, Numbers] = {}
     for planned in plan.quantized:
         assert planned.spec is not None
         quantizer = serving[planned.tensor]
         if planned.role == "activation":
-            if planned.observe:
+            if planned.observe and quantizer not in chosen:
                 _set_range(quantizer, planned.tensor, seen[planned.group].seen_as(planned.spec))
+                chosen[quantizer] = quantizer.scale, quantizer.zero_point
         elif planned.scales_of is None:
             observer = make_observer(planned.role, planned.spec)
             rows = as_rows(graph.parameter(module, planned.tensor), planned.spec.axis)
             observer.update(rows, *finite_minmax(rows, planned.tensor))
             _set_range(quantizer, planned.tensor, observer)
-    biases = [planned for planned in plan.tensors if planned.scales_of is not None]
-    for planned in biases:
+            chosen[quantizer] = quantizer.scale, quantizer.zero_point
+    following = [planned.tensor for planned in plan.tensors if planned.scales_of is not None]
+    return chosen, {path: graph.parameter(module, path).detach().clone() for path in following}
+
+
+def settle(
+    module: fx.GraphModule,
+    plan: Plan,
+    serving: Mapping[str, Quantizer],
+    chosen: Mapping[Quantizer, Numbers],
+    biases: Mapping[str, Tensor],
+) -> None:
+    """Make all numbers fit each other, from the scales that were `chosen` and the float `biases`; the same again when called again.
+
+    A weight scale is raised where its bias would not fit in int32, and then to a ratio that no runtime rounds differently. A bias
+    that stays float is moved to the nearest multiple of its accumulator's step: kernels that add it as an integer add the same.
+    """
+    for quantizer, numbers in chosen.items():
+        quantizer.set(*numbers)
+    following = [planned for planned in plan.tensors if planned.scales_of is not None]
+    for planned in following:
         source, weight = _scales(planned, serving)
-        bias = graph.parameter(module, planned.tensor)
+        bias = biases[planned.tensor]
+        with torch.no_grad():
+            graph.parameter(module, planned.tensor).copy_(bias)
         raised = arith.weight_scale_for_bias(bias, source.scale, weight.scale, weight.spec.grid)
         weight.set(raised if weight.spec.axis is not None else raised.max().reshape(1), weight.zero_point)
     avoid_ties(module, plan, dict(serving))
-    for planned in biases:
+    for planned in following:
         _set_bias(module, planned, serving)
     for planned in plan.quantized:
         if planned.average is not None:

@@ -61,13 +61,17 @@ def observer_options(name: str) -> dict[str, object]:
 
 def make_observer(name: str, spec: QuantSpec, options: Mapping[str, object]) -> Observer:
     """The observer `name` for `spec`; `OptionError` for an option that it does not have or a value that it refuses."""
-    known = observer_options(name)
+    check_options(f"observer '{name}'", options, observer_options(name))
+    return observers[name](spec, **options)
+
+
+def check_options(whose: str, options: Mapping[str, object], known: Mapping[str, object]) -> None:
+    """`OptionError` for one of `options` that is not `known`, with the nearest name."""
     for option in options:
         if option not in known:
             if not known:
-                raise OptionError(f"observer {name!r} has no options", found=option, action="leave it out")
-            raise unknown_name(f"option of observer '{name}':", option, known)
-    return observers[name](spec, **options)
+                raise OptionError(f"{whose} has no options", found=option, action="leave it out")
+            raise unknown_name(f"option of {whose}:", option, known)
 
 
 def as_rows(x: Tensor, axis: int | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,12 +13,15 @@ from torch.utils import _pytree as pytree
 from qdeploy.backend import Backend
 from qdeploy.capture import Captured
 from qdeploy.errors import InputError
+from qdeploy.insert import Numbers
 from qdeploy.observer import Observer
 from qdeploy.plan import Plan
 from qdeploy.quantizer import Mode, Quantizer
 from qdeploy.recipe import Recipe
 from qdeploy.spec import Encoding, TensorSpec, show_shape
 
+BATCH = 64
+"""Samples at once, where the batch may vary."""
 REFERENCE_SAMPLES = 64
 REFERENCE_BYTES = 16 * 2**20
 """How much of the calibration data is kept to be written with the artifact, as the proof's own inputs."""
@@ -51,9 +55,24 @@ class Prepared(nn.Module):
         self.quantizers = quantizers
         self.observers = observers
         """What is seen of each group of activations."""
+        self._floating = [captured.module]  # in a list, it is no part of the simulation
+        self.chosen: dict[Quantizer, Numbers] = {}
+        self.biases: dict[str, Tensor] = {}
+        """Scales as they were chosen, and float biases: what `insert.settle` makes all numbers from."""
+        self.log: list[dict[str, Any]] = []
+        """What the steps of the recipe did, in their order."""
         self.calibrated = False
         self.samples_seen = 0
         self.reference: list[tuple[Tensor, ...]] = []
+
+    @property
+    def floating(self) -> fx.GraphModule:
+        """The float graph with the parameters that are quantized; steps such as equalization change them, not what it computes."""
+        return self._floating[0]
+
+    def set_floating(self, module: fx.GraphModule) -> None:
+        """Take `module` for the float graph."""
+        self._floating = [module]
 
     def forward(self, *inputs: Tensor) -> object:
         """The simulation on a batch of inputs, or the float model before calibration."""
@@ -79,6 +98,11 @@ class Prepared(nn.Module):
         finally:
             for quantizer, old in before.items():
                 quantizer.mode = old
+
+    @property
+    def batch_size(self) -> int:
+        """How many samples are computed at once."""
+        return BATCH if self.captured.dynamic_batch else self.captured.inputs[0].shape[0] or BATCH
 
     def set_mode(self, mode: Mode) -> None:
         """Run all quantizers in `mode` from now on."""

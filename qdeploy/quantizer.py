@@ -9,6 +9,7 @@ the sum of codes is recovered exactly, round(x * n / s_x), and what leaves is th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -47,6 +48,8 @@ class Quantizer(nn.Module):
         self.mode: Mode = "float"
         self.averages: dict[str, Average] = {}
         """For the tensors that are made by such a pooling."""
+        self.learned: Callable[[Tensor], Tensor] | None = None
+        """What takes the place of fake-quantization while numbers are learned."""
         self.register_buffer("scale", torch.empty(0))
         self.register_buffer("zero_point", torch.empty(0, dtype=torch.int64))
 
@@ -57,6 +60,10 @@ class Quantizer(nn.Module):
         if tensor in self.averages:
             units, step = self.averages[tensor]
             x = x + (torch.round(x * units) * step - x).detach() if x.requires_grad else torch.round(x * units) * step
+        return self.quantize(x) if self.learned is None else self.learned(x)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """`x` quantized and dequantized."""
         if x.requires_grad and torch.is_grad_enabled():
             result: Tensor = _StraightThrough.apply(x, self.scale, self.zero_point, self.spec)  # type: ignore[no-untyped-call]
             return result

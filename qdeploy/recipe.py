@@ -1,28 +1,17 @@
-"""A recipe: which observer finds the ranges of activations and of weights, with which options. A name or a TOML file.
+"""A recipe: how ranges are found, and the steps that follow. `cookbook` has those with a name, and reads TOML files.
 
-    name = "tails"
-    [activation]
-    observer = "percentile"
-    percentile = 99.99
-    [weight]
-    observer = "minmax"
-
-Every observer's name is also a recipe: that observer for the activations, min-max for the weights.
-
-The recipe `default` goes by the grid: codes of the log and float16 grids never need clipping, so their ranges are min-max; scales that
-are powers of two are coarse, so weights, too, get the one of least squared error.
+A recipe that goes `by_grid` departs from its observers where the grid asks for it: codes of the log and float16 grids never need
+clipping, so their ranges are min-max; scales that are powers of two are coarse, and weights of few bits have outliers to clip, so they
+get the range of least error. p = 2.4 for few bits is from BRECQ (Li et al. 2021, its code).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
-from qdeploy.errors import InputError, OptionError, unknown_name
 from qdeploy.spec import QuantSpec, Role
 
 
@@ -35,20 +24,36 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepChoice:
+    """A step by name, and its options."""
+
+    step: str
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+LEAST_ERROR, EXTREMES = Choice(observer="mse"), Choice(observer="minmax")
+FEW_BITS, CLIPPED = 6, Choice(observer="mse", options={"p": 2.4})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """How numbers are chosen. Two recipes with the same content have the same `digest`."""
 
     name: str
-    activation: Choice
-    weight: Choice = Choice(observer="minmax")
+    activation: Choice = LEAST_ERROR
+    weight: Choice = EXTREMES
+    steps: tuple[StepChoice, ...] = ()
+    by_grid: bool = False
     summary: str = ""
 
     def choice(self, role: Role, spec: QuantSpec) -> Choice:
         """The observer for tensors of a role and spec. A constant or a bias is all seen, so its extremes are its range."""
         if role in ("constant", "bias") and spec.grid != "power_of_two":
             return EXTREMES
-        if self.name == "default" and spec.grid != "uniform":
+        if self.by_grid and spec.grid != "uniform":
             return LEAST_ERROR if spec.grid == "power_of_two" else EXTREMES
+        if self.by_grid and role == "weight" and spec.bits <= FEW_BITS:
+            return CLIPPED
         return self.activation if role == "activation" else self.weight
 
     @property
@@ -57,76 +62,3 @@ class Recipe:
         content = asdict(self)
         del content["name"], content["summary"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-LEAST_ERROR, EXTREMES = Choice(observer="mse"), Choice(observer="minmax")
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe(
-            name="default",
-            activation=LEAST_ERROR,
-            summary="activation ranges of least squared error, weight ranges by min-max; by the grid where it is not uniform",
-        ),
-        Recipe(name="fast", activation=EXTREMES, summary="min-max everywhere: the least time"),
-    )
-}
-
-
-def recipe_names() -> tuple[str, ...]:
-    """All names that `find_recipe` knows: the recipes proper, then the observers."""
-    from qdeploy.observer import observers
-
-    return (*RECIPES, *(name for name in observers.names() if name not in RECIPES))
-
-
-def find_recipe(reference: str) -> Recipe:
-    """The recipe called `reference`, or read from the TOML file at that path."""
-    from qdeploy.observer import observers
-
-    if reference in RECIPES:
-        return RECIPES[reference]
-    if reference in observers:
-        return Recipe(name=reference, activation=Choice(observer=reference), summary=f"activation ranges by {reference}")
-    if reference.endswith(".toml"):
-        return _read(Path(reference))
-    raise unknown_name("recipe", reference, recipe_names())
-
-
-def _read(path: Path) -> Recipe:
-    if not path.is_file():
-        raise InputError(f"no recipe file '{path}'", action="name a TOML file or a recipe: qdeploy recipes")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe file '{path}' is not TOML", found=str(error), action="mend the file") from error
-    known = ("name", "activation", "weight")
-    for key in table:
-        if key not in known:
-            raise unknown_name(f"recipe key in '{path}':", key, known)
-    name = table.get("name", path.stem)
-    if not isinstance(name, str):
-        raise InputError(f"recipe file '{path}': name", found=repr(name), allowed="a string", action="put it in quotes")
-    default = RECIPES["default"]
-    return Recipe(
-        name=name,
-        activation=_choice(table, "activation", path, default.activation),
-        weight=_choice(table, "weight", path, default.weight),
-    )
-
-
-def _choice(table: Mapping[str, object], key: str, path: Path, default: Choice) -> Choice:
-    from qdeploy.observer import make_observer
-
-    entry = table.get(key)
-    if entry is None:
-        return default
-    if not isinstance(entry, dict) or not isinstance(entry.get("observer"), str):
-        allowed, action = 'a table with observer = "NAME" and its options', f"put observer and options below a line [{key}]"
-        raise InputError(f"recipe file '{path}': [{key}]", found=repr(entry), allowed=allowed, action=action)
-    options = {name: value for name, value in entry.items() if name != "observer"}
-    try:
-        make_observer(entry["observer"], QuantSpec(signed=True, symmetric=True), options)
-    except OptionError as error:
-        raise OptionError(f"recipe file '{path}', [{key}]: {error}") from error
-    return Choice(observer=entry["observer"], options=options)

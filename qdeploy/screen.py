@@ -11,7 +11,12 @@ from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qdeploy.algorithm import Tell
     from qdeploy.verification import Report
+
+
+LINE = "\n" + 17 * " "
+"""A new line below the values of a table with one entry."""
 
 
 @contextmanager
@@ -65,6 +70,43 @@ class Screen:
             task = bar.add_task(label, total=total)
             yield lambda done: bar.update(task, completed=done)
 
+    @contextmanager
+    def steps(self) -> Iterator[Tell]:
+        """How the steps of a recipe go: a bar a step, with what it works on, its loss and the time that is left."""
+        if self.quiet or self.as_json or not sys.stderr.isatty():
+            yield lambda what, done, total, loss=None: None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        texts = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[what]}"), TextColumn("{task.fields[loss]}"))
+        tasks: dict[str, TaskID] = {}
+        with Progress(*texts, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+
+            def tell(what: str, done: int, total: int, loss: float | None = None) -> None:
+                step, _, part = what.partition(" ")
+                if step not in tasks:
+                    tasks[step] = bar.add_task(step, what="", loss="")
+                bar.update(tasks[step], completed=done, total=total, what=part, loss="" if loss is None else f"loss {loss:.4g}")
+
+            yield tell
+
+
+def print_steps(log: Sequence[dict[str, Any]]) -> None:
+    """What the steps of a recipe brought."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if not log:
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("step", "before", "after", "gain", "", "seconds", "decision", "what was done"):
+        table.add_column(column, justify="left" if column in ("step", "", "decision", "what was done") else "right")
+    for entry in log:
+        numbers = [f"{entry[key]:.4g}" for key in ("before", "after")] + [f"{entry['gain']:+.3g}"]
+        table.add_row(entry["step"], *numbers, entry["metric"], f"{entry['seconds']:.1f}", entry["decision"], entry["reason"])
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
 
 def print_report(report: Report) -> None:
     from rich.console import Console
@@ -97,8 +139,16 @@ def print_rows(rows: Sequence[dict[str, Any]], columns: Sequence[str], name: str
         print(json.dumps(rows, indent=1))
     elif name:
         for key, value in rows[0].items():
-            print(f"{key:16} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+            parts = value if isinstance(value, list) else [value]
+            print(f"{key:16} {(LINE if any(isinstance(p, dict) for p in parts) else ', ').join(map(_words, parts))}")
     else:
         widths = [max(len(str(row[column])) for row in [dict(zip(columns, columns, strict=True)), *rows]) for column in columns]
         for row in [dict(zip(columns, columns, strict=True)), *rows]:
             print("  ".join(str(row[column]).ljust(width) for column, width in zip(columns, widths, strict=True)).rstrip())
+
+
+def _words(value: object) -> str:
+    """A value for reading: a table of options as a line."""
+    if not isinstance(value, dict):
+        return str(value)
+    return " ".join(str(v) if k in ("name", "observer") else f"{k}={v}" for k, v in value.items())

@@ -208,11 +208,12 @@ def batches(name: str, seed: int = 1, count: int = 4, batch: int = 8) -> list[Ba
 def calibrated(name: str, backend: str | Backend, **options: object) -> Prepared:
     """A network prepared for one backend alone and calibrated; a fresh one, which the caller may change."""
     data = batches(name)
-    return qdeploy.calibrate(qdeploy.prepare(network(name), data[0], backend, **options), data)
+    chosen: dict[str, object] = {"recipe": "plain"} | options
+    return qdeploy.calibrate(qdeploy.prepare(network(name), data[0], backend, **chosen), data)
 
 
 def several(
-    model: nn.Module, data: Sequence[Batch], targets: Sequence[str | Backend] = (), recipe: str = "default"
+    model: nn.Module, data: Sequence[Batch], targets: Sequence[str | Backend] = (), recipe: str = "plain"
 ) -> dict[str, Prepared]:
     """`model` calibrated for several backends (all that there are) at once, by name."""
     together = api.prepare_all(model, data[0], tuple(targets) or backends.names(), recipe=recipe)

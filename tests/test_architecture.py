@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from qdeploy.algorithm import steps
 from qdeploy.backend import Backend, backends
 from qdeploy.errors import InputError, OptionError
 from qdeploy.observer import observers
@@ -20,12 +21,13 @@ from qdeploy.runtimes import runtimes
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
     ("errors", "registry", "spec", "ops", "backend", "formats"),
-    # a recipe names an observer, which it only looks up when it is read
-    ("arith", "observer", "histogram", "recipe", "quantizer"),
-    ("graph", "simplify", "capture", "fold", "plan", "ties", "insert", "watch"),
-    ("prepared", "functions", "lower", "onnxfile", "artifact", "emit", "runtimes", "verification"),
+    # a recipe names observers and steps, which it only looks up when it is read
+    ("arith", "observer", "histogram", "candidates", "recipe", "rounding", "quantizer"),
+    ("graph", "channels", "simplify", "capture", "fold", "plan", "ties", "insert", "watch", "prepared"),
+    ("flow", "regions", "algorithm", "reconstruct", "blockwise", "distill", "cookbook", "tuning", "onepass"),
+    ("functions", "lower", "onnxfile", "artifact", "emit", "runtimes", "verification"),
     ("files",),
-    ("api", "screen", "cli"),
+    ("api", "screen", "arguments", "cli"),
 )
 ORDER = [name for level in LEVELS for name in level]
 ENGINE = sorted((ROOT / "qdeploy").rglob("*.py"))
@@ -111,8 +113,8 @@ def test_a_backend_imports_words_and_the_standard_library_only(path: Path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "calibration").glob("*.py")), ids=_name)
-def test_a_calibration_file_imports_nothing_above_the_quantizer(path: Path):
-    allowed = set(ORDER[: ORDER.index("quantizer") + 1]) - {"backend"} | {"calibration"}
+def test_a_calibration_file_imports_nothing_above_the_optimization_and_no_backend(path: Path):
+    allowed = set(ORDER[: ORDER.index("blockwise") + 1]) - {"backend"} | {"calibration"}
     assert {found.name.split(".")[0] for found in imports(path)} <= allowed
 
 
@@ -164,7 +166,7 @@ def test_the_open_folders_refuse_their_bare_names(folder: str):
     assert done.returncode != 0 and f"import this folder as qdeploy.{folder}" in done.stderr
 
 
-@pytest.mark.parametrize("registry", [backends, observers, runtimes], ids=lambda r: r.kind)
+@pytest.mark.parametrize("registry", [backends, observers, runtimes, steps], ids=lambda r: r.kind)
 def test_a_registry_refuses_a_duplicate_and_lists_the_nearest_of_an_unknown_name(registry: Registry[object]):
     name = registry.names()[0]
     with pytest.raises(AssertionError, match="registered twice"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -226,4 +227,7 @@ qdeploy.quantize(networks.network("plain"), networks.batches("plain"), backend={
     names = listing(tmp_path / "first")
     assert names == listing(tmp_path / "second") and MANIFEST in names
     for name in names:
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+        first, second = ((tmp_path / folder / name).read_bytes() for folder in ("first", "second"))
+        if name == MANIFEST:  # how long a step took is not the same twice
+            first, second = (re.sub(rb'"seconds": [0-9.e-]+', b"", text) for text in (first, second))
+        assert first == second, name

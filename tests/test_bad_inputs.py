@@ -266,7 +266,6 @@ MODELS: dict[str, tuple[str, list[str]]] = {
 }
 
 SAMPLES_OF: dict[str, tuple[str, list[str]]] = {
-    "no data": (DIGITS, ["calibration data is missing", "give --data: a folder of images, .npy, .npz or MODULE:CALLABLE"]),
     "missing data": (f"{DIGITS} --data {{at}}/nowhere", ["no data file '{at}/nowhere'", "found: in '{at}'", "check the path"]),
     "missing data for a module": ("{at}/zoo.py:make --data {at}/nowhere", ["no data file '{at}/nowhere'", "check the path"]),
     "empty folder": (
@@ -411,7 +410,7 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     ),
     "unknown recipe": (
         f"{DIGITS} {DATA} --recipe defualt",
-        ["unknown recipe 'defualt'", "allowed: default, ema, fast", "did you mean 'default'?"],
+        ["unknown recipe 'defualt'", "allowed: aciq, adaround, brecq", "did you mean 'default'?"],
     ),
     "missing recipe file": (f"{DIGITS} {DATA} --recipe {{at}}/none.toml", ["'{at}/none.toml'", "qdeploy recipes"]),
     "broken recipe": (f"{DIGITS} {DATA} --recipe {{at}}/broken.toml", ["'{at}/broken.toml' is not TOML", "line 1", "mend the file"]),
@@ -421,7 +420,7 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     ),
     "recipe with an unknown observer": (
         f"{DIGITS} {DATA} --recipe {{at}}/observer.toml",
-        ["'{at}/observer.toml', [activation]", "'percentil'", "allowed: ema", "did you mean 'percentile'?"],
+        ["'{at}/observer.toml', [activation]", "'percentil'", "allowed: aciq, clipstd, ema", "did you mean 'percentile'?"],
     ),
     "recipe with an unknown option": (
         f"{DIGITS} {DATA} --recipe {{at}}/option.toml",

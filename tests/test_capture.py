@@ -358,3 +358,20 @@ def test_parameters_named_like_an_op_or_an_input_keep_their_names(backend: str) 
     names = [t.tensor for t in prepared.plan.tensors]
     assert len(names) == len(set(names))
     qdeploy.calibrate(prepared, [torch.randn(4, 3, 8, 8)])
+
+
+class Shuffled(nn.Module):
+    """A channel shuffle by hand: the exporter puts a clone between the transpose and the view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w).flatten(1)
+
+
+def test_a_channel_shuffle_by_hand_still_runs_without_its_clone():
+    x = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    captured = capture(nn.Sequential(nn.Conv2d(4, 4, 1), Shuffled()).eval(), x)
+    module = captured.module
+    with torch.no_grad():
+        for given in (x, x.contiguous(memory_format=torch.channels_last)):
+            assert torch.equal(module(given), module(x))

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from qdeploy.cookbook import RECIPES, find_recipe, recipe_names
 from qdeploy.errors import InputError, OptionError
 from qdeploy.observer import observers
-from qdeploy.recipe import RECIPES, Choice, Recipe, find_recipe, recipe_names
+from qdeploy.recipe import Choice, Recipe
 
 
 def written(tmp_path: Path, text: str) -> str:

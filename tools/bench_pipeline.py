@@ -35,6 +35,7 @@ from qdeploy.runtimes import find_runtime
 NETWORKS = ("resnet20", "mobilenetv2")
 OBSERVERS = ("minmax", "ema", "percentile", "mse", "kl")
 BATCH = 32
+RECIPE = "plain"
 CALIBRATION_BATCH = 64
 WAYS = ("onnxruntime:all", "onnxruntime:none", "tvm", "openvino:int8", "openvino:literal", "qnn_htp")
 HTP_SAMPLES = 500
@@ -109,7 +110,7 @@ def batches(images: Tensor, size: int = CALIBRATION_BATCH) -> Iterator[Tensor]:
 def quantized(zoo: ModuleType, network: str, backend: str, count: int, out: Path) -> tuple[object, Artifact]:
     """The calibrated simulation and its artifact."""
     images = calibration_images(zoo, count)
-    prepared = api.prepare(zoo.load(network), images[:2], backend)
+    prepared = api.prepare(zoo.load(network), images[:2], backend, RECIPE)
     api.calibrate(prepared, batches(images))
     return prepared, api.convert(prepared, out)
 
@@ -150,7 +151,7 @@ def accuracy(zoo: ModuleType, networks: list[str], names: list[str], count: int,
             numbers = [f"{found['float']:.2%}", f"{found['simulated']:.2%}", f"{drop:+.2f}"]
             rows.append([network, name, *numbers, *(str(found.get(way, "-")) for way in ways)])
     return (
-        f"### Accuracy and agreement\n\n{count} calibration images of `train`, recipe `default`; accuracy on {samples} of `val`; "
+        f"### Accuracy and agreement\n\n{count} calibration images of `train`, recipe `{RECIPE}`; accuracy on {samples} of `val`; "
         f"agreement of top-1 between the simulation and each runtime on the same images ({HTP_SAMPLES} for qnn_htp). `exact`: all "
         "outputs equal up to float rounding (over 120 dB). In brackets: not a runtime that the backend is checked with.\n\n"
         + table(rows)

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from bench_pipeline import BATCH, NETWORKS, batches, calibration_images, load_zoo, machine, replace_block, table, timed
+from bench_pipeline import BATCH, NETWORKS, RECIPE, batches, calibration_images, load_zoo, machine, replace_block, table, timed
 
 from qdeploy import api
 from qdeploy.backend import Backend, backends
@@ -64,11 +64,11 @@ def matrix(zoo: ModuleType, networks: Sequence[str], names: Sequence[str], count
             chosen = [backends[name] for name in names if bits is None or has(backends[name], bits)]
             if chosen:
                 images = calibration_images(zoo, count)
-                several = api.prepare_all(zoo.load(network), images[:2], chosen, weight_bits=bits, activation_bits=bits)
+                several = api.prepare_all(zoo.load(network), images[:2], chosen, recipe=RECIPE, weight_bits=bits, activation_bits=bits)
                 api.calibrate_all(several, batches(images))
                 rows += [row(zoo, network, prepared, bits, samples) for prepared in several]
     text = (
-        f"{count} calibration images of `train`, recipe `default`; {samples} images of `val`. Agreement: top-1 of the simulation with "
+        f"{count} calibration images of `train`, recipe `{RECIPE}`; {samples} images of `val`. Agreement: top-1 of the simulation with "
         "that of the emitted file (model.sim.onnx, where there is one) in ONNX Runtime; `exact`: all outputs equal up to float "
         "rounding (over 120 dB).\n\n"
     )
@@ -124,7 +124,7 @@ def cost(zoo: ModuleType, networks: Sequence[str], count: int) -> str:
 
 def whole(model: object, images: object, names: Sequence[str]) -> None:
     """The main job for some targets."""
-    several = api.prepare_all(model, images[:2], names)  # type: ignore[arg-type, index]
+    several = api.prepare_all(model, images[:2], names, recipe=RECIPE)  # type: ignore[arg-type, index]
     api.calibrate_all(several, batches(images))  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
         for prepared in several:

@@ -1,0 +1,192 @@
+"""Values of a graph on many samples, piece by piece: every node is computed once, and what nobody reads any more is dropped.
+
+So an algorithm that goes through a network layer by layer, or block by block, costs as much as one pass over the samples, whatever
+the depth. What is kept between two pieces are the tensors that cross the border, `[N, ...]` over all N samples; beyond a limit they
+lie in files that the system pages in and out.
+
+Nodes whose first dimension is not the batch (parameters, their quantizers, sizes, tuples of parts) are not kept: each piece that needs
+one computes it anew from what is.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from qdeploy import graph
+
+LIMIT = 1 << 30
+"""Bytes of values that are held in memory; the rest lies in files."""
+
+
+class Arena:
+    """Room for large tensors: in memory up to `limit` bytes, then in unnamed files of `folder` (the system's temporary one)."""
+
+    def __init__(self, limit: int = LIMIT, folder: Path | None = None):
+        self.limit = limit
+        self.folder = folder
+        self.used = 0
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialized tensor; its room is free again when the tensor is gone."""
+        count = 1
+        for size in shape:
+            count *= size
+        size = count * dtype.itemsize
+        if self.used + size <= self.limit or not size:
+            made = torch.empty(tuple(shape), dtype=dtype)
+            self.used += size
+            weakref.finalize(made, self._free, size)
+            return made
+        with tempfile.NamedTemporaryFile(dir=self.folder) as file:  # the mapping outlives the name
+            return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(tuple(shape))
+
+    def _free(self, size: int) -> None:
+        self.used -= size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A part of a graph as a graph: its placeholders take the values of `enters`, it returns the tuple of those of `leaves`.
+
+    Parameters and submodules are those of the whole graph, not copies.
+    """
+
+    module: fx.GraphModule
+    enters: tuple[fx.Node, ...]
+    leaves: tuple[fx.Node, ...]
+
+
+class Flow:
+    """The values of `module` on samples, up to some node. `inputs` are one tensor `[N, ...]` a placeholder."""
+
+    def __init__(self, module: fx.GraphModule, inputs: Sequence[Tensor], arena: Arena, batch: int = 64):
+        self.module = module
+        self.arena = arena
+        self.batch = batch
+        self.samples = len(inputs[0])
+        placeholders = module.graph.find_nodes(op="placeholder")
+        assert len(placeholders) == len(inputs)
+        self._values: dict[fx.Node, Tensor] = dict(zip(placeholders, inputs, strict=True))
+        self._order = {node: index for index, node in enumerate(module.graph.nodes)}
+        self._kept = _kept_nodes(module)
+        self._needs: dict[fx.Node, frozenset[fx.Node]] = {}
+        self._last: dict[fx.Node, int] = {}
+        for node in module.graph.nodes:
+            self._needs[node] = self._sources(node)
+            if node in self._kept or node.op == "output":
+                for source in self._needs[node]:
+                    self._last[source] = self._order[node]
+        self._todo = [node for node in module.graph.nodes if node in self._kept and node.op != "placeholder"]
+        self._done = 0
+        self._by_name: dict[str, fx.Node] = {graph.tensor_name(node): node for node in module.graph.nodes}
+
+    def node(self, tensor: str) -> fx.Node:
+        """The node that makes the tensor of this name."""
+        return self._by_name[tensor]
+
+    def __getitem__(self, node: fx.Node) -> Tensor:
+        """The values of a node that is computed and still read, `[N, ...]`."""
+        return self._values[node]
+
+    def piece(self, last: fx.Node) -> Piece:
+        """What is yet to be computed up to and with `last`."""
+        return self._cut(self._until(self._order[last] + 1))
+
+    def through(self, last: fx.Node) -> None:
+        """Compute everything up to and with `last`."""
+        self._run(self._until(self._order[last] + 1))
+
+    def advance(self, stop: fx.Node) -> None:
+        """Compute everything before `stop`."""
+        self._run(self._until(self._order[stop]))
+
+    def _until(self, position: int) -> list[fx.Node]:
+        end = self._done
+        while end < len(self._todo) and self._order[self._todo[end]] < position:
+            end += 1
+        return self._todo[self._done : end]
+
+    def _sources(self, node: fx.Node) -> frozenset[fx.Node]:
+        """The kept nodes that `node` is computed from."""
+        found: set[fx.Node] = set()
+        for source in node.all_input_nodes:
+            found |= {source} if source in self._kept else self._needs[source]
+        return frozenset(found)
+
+    def _cut(self, nodes: Sequence[fx.Node]) -> Piece:
+        inside = set(nodes)
+        end = self._order[nodes[-1]]
+        enters: dict[fx.Node, None] = {}
+        for node in nodes:
+            enters |= dict.fromkeys(sorted(self._needs[node] - inside, key=self._order.__getitem__))
+        leaves = tuple(node for node in nodes if self._last.get(node, -1) > end)
+        made = fx.Graph()
+        copies = {node: made.placeholder(f"enter_{index}") for index, node in enumerate(enters)}
+        for node, copy in copies.items():
+            copy.meta = dict(node.meta)
+
+        def copied(node: fx.Node) -> fx.Node:
+            if node not in copies:
+                for source in node.all_input_nodes:
+                    copied(source)
+                copies[node] = made.node_copy(node, copies.__getitem__)
+            found: fx.Node = copies[node]
+            return found
+
+        made.output(tuple(copied(node) for node in nodes if node in leaves) if leaves else ())
+        return Piece(module=fx.GraphModule(self.module, made), enters=tuple(enters), leaves=leaves)
+
+    def _run(self, nodes: Sequence[fx.Node]) -> None:
+        if not nodes:
+            return
+        piece = self._cut(nodes)
+        stores: list[Tensor] = []
+        with torch.no_grad():
+            for rows in self.rows():
+                made = piece.module(*(self._values[node][rows] for node in piece.enters))
+                if not stores:
+                    stores = [self.arena.empty((self.samples, *value.shape[1:]), value.dtype) for value in made]
+                for store, value in zip(stores, made, strict=True):
+                    store[rows] = value
+        self._values |= dict(zip(piece.leaves, stores, strict=True))
+        self._done += len(nodes)
+        end = self._order[nodes[-1]]
+        for node in [node for node in self._values if self._last.get(node, -1) <= end]:
+            del self._values[node]
+
+    def rows(self) -> Iterator[slice]:
+        """The batches of samples."""
+        for start in range(0, self.samples, self.batch):
+            yield slice(start, start + self.batch)
+
+
+def run(module: fx.GraphModule, inputs: Sequence[Tensor], batch: int = 64) -> list[Tensor]:
+    """All output tensors of `module` on `inputs` `[N, ...]`, batch by batch, without gradients."""
+    parts: list[list[Tensor]] = []
+    with torch.no_grad():
+        for start in range(0, len(inputs[0]), batch):
+            made = module(*(tensor[start : start + batch] for tensor in inputs))
+            parts.append([t for t in torch.utils._pytree.tree_leaves(made) if isinstance(t, Tensor)])
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def _kept_nodes(module: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that make one tensor with the batch in front."""
+    placeholders = module.graph.find_nodes(op="placeholder")
+    batches = {str(value.shape[0]) for node in placeholders if isinstance(value := graph.value(node), Tensor) and value.dim()}
+    kept: set[fx.Node] = set(placeholders)
+    moving: set[fx.Node] = set(placeholders)
+    for node in module.graph.nodes:
+        if node.op in ("call_function", "call_module") and any(source in moving for source in node.all_input_nodes):
+            moving.add(node)  # what does not follow from an input is a constant, whatever its shape
+            value = graph.value(node)
+            if isinstance(value, Tensor) and value.dim() and str(value.shape[0]) in batches:
+                kept.add(node)
+    return kept

@@ -1,0 +1,179 @@
+"""The one pass over the data: every observer of every target sees its tensor, and steps get the samples that they work on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from qdeploy import tuning
+from qdeploy.algorithm import Tell
+from qdeploy.candidates import Candidates
+from qdeploy.errors import InputError, OptionError
+from qdeploy.flow import Arena
+from qdeploy.insert import observed
+from qdeploy.observer import Observer, make_observer
+from qdeploy.plan import Plan
+from qdeploy.prepared import Prepared
+from qdeploy.recipe import Choice, Recipe
+from qdeploy.spec import QuantSpec, Role
+from qdeploy.watch import watched
+
+Batch = Tensor | Sequence[Tensor]
+HELD = 256
+"""Most samples that are held back to judge steps by."""
+SHARE = 8
+"""One sample of so many is held back, up to `HELD`."""
+
+
+class Kept:
+    """The samples of a stream that steps work on: up to `need` for the steps, and one in `SHARE` more to judge them by."""
+
+    def __init__(self, need: int, dynamic: bool):
+        self.need = need
+        self.dynamic = dynamic
+        self.arena = Arena()
+        self.counts = {"steps": 0, "held": 0}
+        self._parts: dict[str, list[tuple[Tensor, ...]]] = {"steps": [], "held": []}
+        self._labels: list[Tensor] = []
+        self._batches = 0
+
+    def add(self, batch: Sequence[Tensor], labels: Tensor | None) -> None:
+        """Take from the next batch what is wanted."""
+        self._batches += 1
+        if not self.need:
+            return
+        size = len(batch[0])
+        if self.dynamic and size >= SHARE:
+            held = min(size // SHARE, HELD - self.counts["held"])
+        else:
+            held = size if self._batches % SHARE == 0 and self.counts["held"] < HELD else 0
+        used = min(size - held, max(0, self.need - self.counts["steps"]))
+        if not self.dynamic and used < size - held:
+            used = 0
+        self._keep("steps", tuple(t[:used] for t in batch), used)
+        self._keep("held", tuple(t[size - held :] for t in batch), held)
+        if labels is not None and held:
+            self._labels.append(labels[size - held :])
+
+    def _keep(self, what: str, batch: tuple[Tensor, ...], size: int) -> None:
+        if not size:
+            return
+        copies = []
+        for tensor in batch:
+            copy = self.arena.empty(tensor.shape, tensor.dtype)
+            copies.append(copy.copy_(tensor.detach()))
+        self._parts[what].append(tuple(copies))
+        self.counts[what] += size
+
+    def samples(self) -> tuple[Tensor, ...]:
+        """What the steps work on, one tensor an input; where nothing else is left, what they are judged by."""
+        return self._joined("steps") or self._joined("held")
+
+    def held(self) -> tuple[Tensor, ...]:
+        """What the steps are judged by; of too few samples to hold some back, those that they work on."""
+        return self._joined("held") or self._joined("steps")
+
+    def labels(self) -> Tensor | None:
+        """The classes of `held`, if they are known."""
+        return torch.cat(self._labels) if self._labels and self.counts["held"] else None
+
+    def _joined(self, what: str) -> tuple[Tensor, ...]:
+        parts = self._parts[what]
+        if len(parts) > 1:
+            whole = []
+            for column in zip(*parts, strict=True):
+                room = self.arena.empty((sum(map(len, column)), *column[0].shape[1:]), column[0].dtype)
+                whole.append(torch.cat(column, out=room))
+            self._parts[what] = parts = [tuple(whole)]
+        return parts[0] if parts else ()
+
+
+def make_observers(plan: Plan, recipe: Recipe, shared: dict[object, Observer]) -> dict[str, Observer]:
+    """One observer a group of activations; groups of the same tensors with the same statistics have one in `shared`."""
+    specs = {planned.group: planned.spec for planned in plan.quantized if planned.spec is not None}
+    wanted = [choice for step in tuning.made_steps(recipe) for choice in step.observers()]
+    observers: dict[str, Observer] = {}
+    for group, tensors in observed(plan).items():
+        choices = (recipe.choice("activation", specs[group]), *wanted)
+        key = (repr(choices), specs[group].axis, frozenset(tensors))
+        if key not in shared:
+            shared[key] = _observers(choices, specs[group])
+        observers[group] = shared[key]
+    return observers
+
+
+def observer_of(recipe: Recipe, role: Role, spec: QuantSpec) -> Observer:
+    """The observer that `recipe` has for tensors of a role and spec."""
+    choice = recipe.choice(role, spec)
+    return make_observer(choice.observer, spec, choice.options)
+
+
+def _observers(choices: Sequence[Choice], spec: QuantSpec) -> Observer:
+    """The observer of the first choice, or one that has them all; a choice is left out that refuses the spec."""
+    made = make_observer(choices[0].observer, spec, choices[0].options)
+    if len(choices) == 1:
+        return made
+    named = {_name(choices[0]): made}
+    for choice in choices[1:]:
+        with suppress(OptionError):
+            named.setdefault(_name(choice), make_observer(choice.observer, spec, choice.options))
+    return Candidates(spec, named)
+
+
+def _name(choice: Choice) -> str:
+    return " ".join([choice.observer, *(f"{name}={value}" for name, value in sorted(choice.options.items()))])
+
+
+def observe(
+    several: Sequence[Prepared], stream: Iterator[Batch], watch: Callable[[int], None], labels: Tensor | None, tell: Tell
+) -> Kept:
+    """Shape the float graphs by the first samples, then show all data to all observers. Returns the samples that steps work on."""
+    first = several[0]
+    kept = Kept(max(tuning.samples_needed(one) for one in several), first.captured.dynamic_batch)
+    head: list[tuple[Tensor, ...]] = []
+    if any(tuning.shapes(one) for one in several):
+        for item in stream:
+            head.append(_checked(first, item))
+            if sum(len(batch[0]) for batch in head) >= tuning.PREVIEW:
+                break
+        preview = [torch.cat(column)[: tuning.PREVIEW] for column in zip(*head, strict=True)]
+        if head:
+            tuning.shape_all(several, preview, tell)
+    graphs = {id(one.floating): one.floating for one in several}
+    watching = [watched(module, _by_tensor([one for one in several if one.floating is module])) for module in graphs.values()]
+    with torch.no_grad():
+        for item in chain(head, stream):
+            batch = _checked(first, item)
+            for module in watching:
+                module(*batch)
+            first.remember(batch)
+            here = slice(first.samples_seen, first.samples_seen + len(batch[0]))
+            first.samples_seen = here.stop
+            if labels is not None and len(labels) < here.stop:
+                raise InputError("there are fewer labels than samples", found=len(labels), action="give one label a sample")
+            kept.add(batch, None if labels is None else labels[here])
+            watch(first.samples_seen)
+    if not first.samples_seen:
+        raise InputError("there is no calibration data", action="give at least one batch")
+    return kept
+
+
+def _checked(prepared: Prepared, item: Batch) -> tuple[Tensor, ...]:
+    batch = (item,) if isinstance(item, Tensor) else tuple(item)
+    prepared.check(batch)
+    return batch
+
+
+def _by_tensor(several: Sequence[Prepared]) -> dict[str, list[Observer]]:
+    """The observers that each tensor is shown to, every one once."""
+    found: dict[str, list[Observer]] = {}
+    for one in several:
+        for group, tensors in observed(one.plan).items():
+            for tensor in tensors:
+                if all(one.observers[group] is not other for other in found.setdefault(tensor, [])):
+                    found[tensor].append(one.observers[group])
+    return found
