@@ -54,7 +54,7 @@ class BiasCorrection(Step):
 
     needs_biases = True
 
-    def __init__(self, samples: int = 256, statistics: str = "data"):
+    def __init__(self, samples: int = 128, statistics: str = "data"):
         self.samples = count("samples of step 'bias_correction'", samples)
         if statistics not in STATISTICS:
             raise unknown_name("statistics of step 'bias_correction':", str(statistics), STATISTICS)

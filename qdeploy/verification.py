@@ -15,17 +15,18 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
-from torch import Tensor
+from torch import Tensor, fx
 
 from qdeploy.artifact import Artifact, missing_names
 from qdeploy.errors import ArtifactError, InputError
+from qdeploy.flow import run
 from qdeploy.onnxfile import tensor_names
 from qdeploy.prepared import Prepared, check_batch
 from qdeploy.runtimes import Runtime, Session, find_runtime, runtimes
@@ -263,18 +264,20 @@ def _references(
     data = _arrays(batches, artifact)
     if prepared is not None:
         return [
-            row("float", lambda inputs: _torch(prepared, inputs, "float"), float_size),
-            row("simulated", lambda inputs: _torch(prepared, inputs, "quantize"), size),
+            row("float", lambda inputs: _torch(prepared.captured.module, inputs), float_size),
+            row("simulated", lambda inputs: _torch(prepared.module, inputs), size),
         ], data
     literal = row("simulated (ONNX, node by node)", _Feed(artifact, artifact.simulation, "onnxruntime", LITERAL), size)
     if artifact.simulation == artifact.model:
         return [literal], data
-    return [row("float", _Feed(artifact, artifact.model, "onnxruntime", LITERAL), float_size), literal], data
+    changed = any(entry["decision"] == "kept" for entry in artifact.manifest.get("steps", []))
+    name = "model.onnx in float" if changed else "float"  # its weights and biases are those of the simulation
+    return [row(name, _Feed(artifact, artifact.model, "onnxruntime", LITERAL), float_size), literal], data
 
 
-def _torch(prepared: Prepared, inputs: Sequence[Array], mode: Literal["float", "quantize"]) -> list[Array]:
-    with prepared.mode(mode):
-        return [t.numpy() for t in prepared.flat([torch.from_numpy(a) for a in inputs])]
+def _torch(module: fx.GraphModule, inputs: Sequence[Array]) -> list[Array]:
+    tensors = [torch.from_numpy(array) for array in inputs]
+    return [made.numpy() for made in run(module, tensors, len(tensors[0]))]
 
 
 def _arrays(batches: Iterable[Tensor | Sequence[Tensor]], artifact: Artifact) -> Iterator[list[Array]]:

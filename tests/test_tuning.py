@@ -240,3 +240,20 @@ def test_the_judge_measures_signal_over_noise():
     assert tuning._sqnr(wanted, wanted.float()) == tuning.EXACT
     assert tuning._sqnr(wanted, torch.tensor([3.0, 4.5])) == pytest.approx(20.0)
     assert tuning._sqnr(wanted, torch.tensor([3.0, float("nan")])) == -tuning.EXACT
+
+
+def test_the_float_row_is_the_users_model_whatever_the_steps_have_changed(tmp_path: Path):
+    made = qdeploy.calibrate(
+        prepared(("scaled", {}), ("equalize", {}), ("bias_correction", {}), name="residual"), networks.batches("residual")
+    )
+    artifact = qdeploy.convert(made, tmp_path / "out")
+    (batch,) = networks.batches("residual")[0]
+    labels = networks.network("residual")(batch).argmax(1)
+    report = qdeploy.verify(artifact, [batch], "onnxruntime:none", labels, simulation=made)
+    assert report.results[0].name == "float" and report.results[0].accuracy == 1
+    with torch.no_grad():
+        wanted = networks.network("residual")(torch.from_numpy(artifact.reference()["input.x"]))
+    (name,) = artifact.outputs
+    assert torch.allclose(torch.from_numpy(artifact.reference()[f"float.{name}"]), wanted, atol=1e-5)
+    alone = qdeploy.verify(artifact, [batch], "onnxruntime:none", labels)
+    assert alone.results[0].name == "model.onnx in float"
