@@ -52,8 +52,8 @@ class Kept:
         else:
             held = size if self._batches % SHARE == 0 and self.counts["held"] < HELD else 0
         used = min(size - held, max(0, self.need - self.counts["steps"]))
-        if not self.dynamic and used < size - held:
-            used = 0
+        if not self.dynamic and used:
+            used = size - held  # whole batches, of which there is at least one
         self._keep("steps", tuple(t[:used] for t in batch), used)
         self._keep("held", tuple(t[size - held :] for t in batch), held)
         if labels is not None and held:

@@ -174,8 +174,10 @@ def test_without_weights_only_activations_change(monkeypatch: pytest.MonkeyPatch
     assert all(torch.equal(work.prepared.chosen[q][0], before[q][0]) for q in of(work.prepared, "weight").values())
 
 
-@pytest.mark.parametrize("name", ["residual", "mobile", "concat", "mixed", "several"])
-@pytest.mark.parametrize("backend", ["snpe", "vitis", "openvino"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("residual", "openvino"), ("mobile", "vitis"), ("concat", "snpe"), ("mixed", "snpe"), ("mixed", "vitis"), ("several", "openvino")],
+)
 def test_every_network_runs_and_is_settled_again(name: str, backend: str):
     one = networks.calibrated(name, backend, recipe=RECIPE)
     (entry,) = one.log

@@ -175,6 +175,12 @@ def test_of_batches_of_a_fixed_size_whole_ones_are_held_back(batches: int):
     assert len(used) == min(6, 2 * batches) and len(held) % 2 == 0 and len(held)
 
 
+def test_a_batch_of_a_fixed_size_is_kept_even_where_fewer_samples_are_needed():
+    kept = Kept(need=3, dynamic=False)
+    kept.add((torch.zeros(8, 1),), None)
+    assert len(kept.samples()[0]) == 8
+
+
 def test_without_steps_no_sample_is_kept():
     kept = Kept(need=0, dynamic=True)
     kept.add((torch.zeros(64, 1),), None)

@@ -310,7 +310,15 @@ def kills() -> str:
     root = Path(__file__).resolve().parent.parent
     recipe = place / "short.toml"
     recipe.write_text('[[step]]\nname = "ranges"\n[[step]]\nname = "qdrop"\niterations = 200\nsamples = 256\n')
-    command = [sys.executable, "-m", "qdeploy.cli", "quantize", str(root / "samples/digits.pt2"), "--backend", "academic"]
+    command = [
+        sys.executable,
+        "-c",
+        "from qdeploy.cli import main; main()",
+        "quantize",
+        str(root / "samples/digits.pt2"),
+        "--backend",
+        "academic",
+    ]
     command += ["--data", str(root / "samples/digits_calibration.npz"), "--recipe", str(recipe), "--weight-bits", "4", "--quiet"]
     command += ["--runtime", "onnxruntime", "--out"]
     start = time.monotonic()
