@@ -19,7 +19,6 @@ from torch import Tensor, fx
 
 from qdeploy.errors import InputError, OptionError
 from qdeploy.flow import Arena, Flow
-from qdeploy.insert import settle
 from qdeploy.observer import Observer, check_options
 from qdeploy.prepared import Prepared
 from qdeploy.recipe import Choice
@@ -81,8 +80,7 @@ class Work:
 
     def settle(self) -> None:
         """Make all numbers fit each other again, after chosen scales or biases have changed."""
-        one = self.prepared
-        settle(one.module, one.plan, one.quantizers, one.chosen, one.biases)
+        self.prepared.settle()
 
     def checkpoint(self, key: str, compute: Callable[[], Changed]) -> Changed:
         """What `compute` returns, kept in the folder under `key`; after an interruption it is read there instead."""

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from qdeploy import __version__, artifact, emit, fold, graph, tuning
-from qdeploy.algorithm import Tell, make_step, silent
+from qdeploy.algorithm import Tell, silent
 from qdeploy.artifact import Artifact
 from qdeploy.backend import Backend, backends
 from qdeploy.capture import Captured, capture
@@ -27,7 +27,7 @@ from qdeploy.cookbook import find_recipe
 from qdeploy.distill import distill
 from qdeploy.errors import InputError, OptionError
 from qdeploy.flow import run
-from qdeploy.insert import freeze, insert_quantizers, settle
+from qdeploy.insert import insert_quantizers
 from qdeploy.observer import Observer
 from qdeploy.onepass import Batch, make_observers, observe, observer_of
 from qdeploy.onnxfile import emitted
@@ -159,7 +159,7 @@ def _prepare(
     chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
     captured = capture(model, example_inputs)
     fold.fold_batch_norms(captured.module)
-    if any(make_step(one.step, one.options).needs_biases for one in chosen.steps):
+    if any(step.needs_biases for step in tuning.made_steps(chosen)):
         fold.add_biases(captured.module)
     fold.untie_biases(captured.module)
     shared: dict[object, Observer] = {}
@@ -235,10 +235,7 @@ def calibrate_all(
         tuning.open_folder(Path(folder), several, resume)
     for one in several:
         one.samples_seen, one.reference = first.samples_seen, first.reference
-        made = partial(observer_of, one.recipe)
-        one.chosen, one.biases = freeze(one.module, one.plan, one.quantizers, one.observers, made)
-        settle(one.module, one.plan, one.quantizers, one.chosen, one.biases)
-        one.set_mode("quantize")
+        one.freeze(one.observers, partial(observer_of, one.recipe))
         tuning.tune(one, kept.samples(), kept.held(), kept.labels(), None if folder is None else Path(folder) / one.backend.name, tell)
         one.calibrated, one.observers = True, {}
     return several

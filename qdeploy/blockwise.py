@@ -19,7 +19,7 @@ from qdeploy.algorithm import Changed, Declined, Step, Work
 from qdeploy.flow import Flow, Piece
 from qdeploy.quantizer import Quantizer
 from qdeploy.reconstruct import Settings, apply, reconstruct
-from qdeploy.regions import Region
+from qdeploy.regions import Region, is_layer
 
 Partition = Callable[[fx.GraphModule], list[Region]]
 
@@ -40,7 +40,7 @@ def reconstruct_all(work: Work, partition: Partition, phases: Sequence[Settings]
 
     `fisher` weighs the squared errors of a region by the squared gradient of the network's loss there.
     """
-    regions = [region for region in partition(work.prepared.floating) if _weights(work, region)]
+    regions = [region for region in partition(work.prepared.floating) if any(_rounds(work, node) for node in region.nodes)]
     if not regions:
         raise Declined("no layer has weights on a linear grid")
     walk = _Walk(work, regions, [_fitting(work, settings) for settings in phases], samples, fisher)
@@ -105,15 +105,11 @@ def _fitting(work: Work, settings: Settings) -> Settings:
     return replace(settings, learn_weight_steps=False, learn_activation_steps=False)
 
 
-def _weights(work: Work, region: Region) -> list[str]:
-    """The weights of a region that are on linear grids."""
-    found = []
-    for node in region.nodes:
-        weight = graph.argument(node, graph.op_of(node).weight)
-        quantizer = work.prepared.quantizers.get(graph.tensor_name(weight)) if weight is not None else None
-        if weight is not None and weight.op == "get_attr" and quantizer is not None and quantizer.spec.linear:
-            found.append(graph.tensor_name(weight))
-    return found
+def _rounds(work: Work, node: fx.Node) -> bool:
+    """Whether `node` is a layer whose weight is on a linear grid."""
+    weight = graph.argument(node, graph.op_of(node).weight)
+    quantizer = work.prepared.quantizers.get(graph.tensor_name(weight)) if is_layer(node) and weight is not None else None
+    return quantizer is not None and quantizer.spec.linear
 
 
 def _origin(node: fx.Node) -> str:

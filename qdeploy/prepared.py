@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from qdeploy.backend import Backend
 from qdeploy.capture import Captured
 from qdeploy.errors import InputError
-from qdeploy.insert import Numbers
+from qdeploy.insert import MakeObserver, Numbers, freeze, settle
 from qdeploy.observer import Observer
 from qdeploy.plan import Plan
 from qdeploy.quantizer import Mode, Quantizer
@@ -98,6 +98,16 @@ class Prepared(nn.Module):
         finally:
             for quantizer, old in before.items():
                 quantizer.mode = old
+
+    def freeze(self, seen: Mapping[str, Observer], make_observer: MakeObserver) -> None:
+        """Fix all numbers by what was `seen` of each group, and run the simulation from now on."""
+        self.chosen, self.biases = freeze(self.module, self.plan, self.quantizers, seen, make_observer)
+        self.settle()
+        self.set_mode("quantize")
+
+    def settle(self) -> None:
+        """Make all numbers fit each other again, after chosen scales or biases have changed."""
+        settle(self.module, self.plan, self.quantizers, self.chosen, self.biases)
 
     @property
     def batch_size(self) -> int:

@@ -24,7 +24,7 @@ from qdeploy import __version__, graph
 from qdeploy.algorithm import Declined, Stage, Step, Tell, Work, make_step, silent
 from qdeploy.errors import InputError
 from qdeploy.flow import run
-from qdeploy.insert import Numbers, freeze, observed, settle
+from qdeploy.insert import Numbers, observed
 from qdeploy.observer import Observer, make_observer
 from qdeploy.prepared import Prepared
 from qdeploy.quantizer import Quantizer
@@ -154,9 +154,7 @@ def _glimpse(prepared: Prepared, preview: Sequence[Tensor]) -> None:
     def extremes(role: Role, spec: QuantSpec) -> Observer:
         return make_observer(EXTREMES.observer, spec, {})
 
-    prepared.chosen, prepared.biases = freeze(prepared.module, prepared.plan, prepared.quantizers, seen, extremes)
-    settle(prepared.module, prepared.plan, prepared.quantizers, prepared.chosen, prepared.biases)
-    prepared.set_mode("quantize")
+    prepared.freeze(seen, extremes)
 
 
 def tune(
