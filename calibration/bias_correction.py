@@ -37,10 +37,9 @@ from torch import Tensor, fx
 from qdeploy import arith, graph
 from qdeploy.algorithm import Declined, Step, Work, count, step
 from qdeploy.errors import unknown_name
-from qdeploy.insert import LATTICE_BITS
+from qdeploy.insert import on_lattice
 from qdeploy.ops import MEAN_POOL
 from qdeploy.quantizer import Quantizer
-from qdeploy.spec import QuantSpec
 
 STATISTICS = ("data", "batch_norm")
 LINEAR = MEAN_POOL | {"add", "sub"}
@@ -184,15 +183,8 @@ def _rounded(work: Work, path: str) -> Tensor:
     quantizer = one.quantizers.get(path)
     if quantizer is not None:
         return arith.fake_quantize(bias, quantizer.scale, quantizer.zero_point, quantizer.spec)
-    parents = next((planned.scales_of for planned in one.plan.tensors if planned.tensor == path), None)
-    if parents is None:
-        return bias.clone()
-    source, weight = (one.quantizers[name] for name in parents)
-    if not source.spec.linear or max(source.spec.bits, weight.spec.bits) > LATTICE_BITS:
-        return bias.clone()
-    scale = arith.bias_scale(source.scale, weight.scale)
-    spec = QuantSpec(bits=32, signed=True, symmetric=True, axis=None if weight.spec.axis is None else 0)
-    return arith.fake_quantize(bias, scale, torch.zeros_like(scale, dtype=torch.int64), spec)
+    following = one.following.get(path)
+    return on_lattice(bias, following, one.quantizers) if following is not None else bias.clone()
 
 
 def _refit(quantizer: Quantizer, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,10 @@ A candidate is taken where its loss is below the share WORTH of that of the rang
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from qdeploy import arith, graph
 from qdeploy.algorithm import Declined, Step, Work, count, generator, step
 from qdeploy.candidates import Candidates
 from qdeploy.errors import OptionError
+from qdeploy.flow import backward_batch
 from qdeploy.insert import Numbers
 from qdeploy.observer import as_rows, finite_minmax
 from qdeploy.plan import TensorPlan
@@ -73,7 +76,7 @@ class Ranges(Step):
         if not activations and not weights:
             raise Declined("no range has another candidate")
         batches = _batches(work, self.samples)
-        walk = _Walk(work, activations, weights, gains(work.float_module, batches, work.seed))
+        walk = _Walk(work, activations, weights, gains(work.float_module, _pieces(work, batches), work.seed))
         with torch.no_grad():
             for done, batch in enumerate(batches):
                 walk.run(*batch)
@@ -138,6 +141,14 @@ def _batches(work: Work, samples: int) -> list[tuple[Tensor, ...]]:
     if work.prepared.captured.dynamic_batch:
         return [tuple(t[start : min(start + size, stop)] for t in work.samples) for start in range(0, stop, size)]
     return [tuple(t[start : start + size] for t in work.samples) for start in range(0, stop, size)]
+
+
+def _pieces(work: Work, batches: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """The same samples, as many at once as a backward pass may hold."""
+    if not work.prepared.captured.dynamic_batch:
+        return list(batches)
+    size = backward_batch(work.float_module, BATCH)
+    return [piece for batch in batches for piece in zip(*(torch.split(t, size) for t in batch), strict=True)]
 
 
 def _activations(work: Work) -> dict[str, Contest]:
@@ -207,32 +218,44 @@ def gains(module: fx.GraphModule, batches: Sequence[Sequence[Tensor]], seed: int
     """
     found: dict[fx.Node, Tensor] = {}
     for index, batch in enumerate(batches):
-        values = _Differentiable(module)
+        values = _Differentiable(module, found)
         with torch.enable_grad():
             values.run(*batch)
-            outputs = [values.made[node] for node in graph.outputs(module.graph) if node in values.made]
             random = generator(seed, index)
+            outputs = [made for node in graph.outputs(module.graph) if (made := values.outputs.get(node)) is not None]
             signs = [torch.randint(0, 2, z.shape, generator=random) * 2.0 - 1 for z in outputs]
-            total = torch.stack([(z * v).sum() / z.detach().norm().clamp(min=1e-30) for z, v in zip(outputs, signs, strict=True)]).sum()
-        slopes = torch.autograd.grad(total, list(values.made.values()), allow_unused=True)
-        for node, slope in zip(values.made, slopes, strict=True):
-            if slope is not None:
-                found[node] = found.get(node, 0) + slope.square().mean(0, keepdim=True)
-    return found
+            sizes = [z.detach().norm().clamp(min=1e-30) / math.sqrt(z.shape[0] if z.dim() else 1) for z in outputs]
+            total = torch.stack([(z * v).sum() / size for z, v, size in zip(outputs, signs, sizes, strict=True)]).sum()
+        torch.autograd.grad(total, values.starts, allow_unused=True)
+    samples = sum(len(batch[0]) for batch in batches)
+    return {node: gain / samples**2 for node, gain in found.items()}
 
 
 class _Differentiable(fx.Interpreter):
-    """Keeps the float tensors of a graph, each with a gradient, whatever the parameters have."""
+    """Adds up the squared gradients of all float tensors of a graph as a backward pass comes by, so that it holds none of them."""
 
-    def __init__(self, module: fx.GraphModule):
+    def __init__(self, module: fx.GraphModule, found: dict[fx.Node, Tensor]):
         super().__init__(module)
-        self.made: dict[fx.Node, Tensor] = {}
+        self.starts: list[Tensor] = []
+        """The tensors that follow from no other; parameters have no gradients here."""
+        self.outputs: dict[fx.Node, Tensor] = {}
+        self._found = found
+        self._wanted = set(graph.outputs(module.graph))
 
     def run_node(self, n: fx.Node) -> Any:
         made = super().run_node(n)
-        if n.op in ("placeholder", "call_function") and graph.is_float(n):
-            self.made[n] = made = made if made.requires_grad else made.detach().requires_grad_()
+        if n.op not in ("placeholder", "call_function") or not graph.is_float(n):
+            return made.detach() if n.op == "get_attr" else made
+        if not made.requires_grad:
+            made = made.detach().requires_grad_()
+            self.starts.append(made)
+        made.register_hook(partial(self._add, n))
+        if n in self._wanted:
+            self.outputs[n] = made
         return made
+
+    def _add(self, node: fx.Node, slope: Tensor) -> None:
+        self._found[node] = self._found.get(node, 0) + slope.square().sum(0, keepdim=True)
 
 
 class _Walk(fx.Interpreter):

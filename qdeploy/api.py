@@ -9,6 +9,7 @@ import importlib.metadata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
 
@@ -39,6 +40,7 @@ from qdeploy.verification import Report, verify_artifact
 
 Target = str | Backend
 Targets = str | Sequence[Target]
+Batches = Iterable[Batch] | None
 Labels = Sequence[int] | Tensor | NDArray[Any]
 Watch = Callable[[int], None]
 
@@ -309,59 +311,71 @@ def verify(
     return verify_artifact(opened, batches, runtime, numbers, simulation, watch)
 
 
+class More(TypedDict, total=False):
+    """What `quantize` takes besides `Options`."""
+
+    example_inputs: Batch | None
+    file_format: str | None
+    labels: Labels | None
+    folder: str | Path | None
+    resume: bool
+
+
+class Everything(Options, More, total=False):
+    """All keyword arguments of `quantize`."""
+
+
 @overload
 def quantize(
-    model: nn.Module | ExportedProgram,
-    batches: Iterable[Batch],
-    backend: Target,
-    out: str | Path,
-    *,
-    file_format: str | None = ...,
-    **options: Unpack[Options],
+    model: nn.Module | ExportedProgram, batches: Batches, backend: Target, out: str | Path, **options: Unpack[Everything]
 ) -> Artifact: ...
 
 
 @overload
 def quantize(
     model: nn.Module | ExportedProgram,
-    batches: Iterable[Batch],
+    batches: Batches,
     backend: list[Target] | list[str] | tuple[Target, ...],
     out: str | Path,
-    *,
-    file_format: str | None = ...,
-    **options: Unpack[Options],
+    **options: Unpack[Everything],
 ) -> tuple[Artifact, ...]: ...
 
 
 def quantize(
     model: nn.Module | ExportedProgram,
-    batches: Iterable[Batch],
+    batches: Batches,
     backend: Target | Sequence[Target],
     out: str | Path,
     *,
+    example_inputs: Batch | None = None,
     file_format: str | None = None,
+    labels: Labels | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
     **options: Unpack[Options],
 ) -> Artifact | tuple[Artifact, ...]:
     """Prepare, calibrate on `batches`, convert into `out`, and verify on the saved samples with every runtime at hand.
 
     The report is in the artifact's `manifest["verify"]`. A list of backends gives one artifact each, in folders of `out` with their
-    names; the data is passed once.
+    names; the data is passed once. Without data (`batches` None) images are distilled, see `distill_data`; a module needs
+    `example_inputs` then. `labels`, `folder` and `resume` are those of `calibrate`, `file_format` that of `convert`.
     """
     single = isinstance(backend, str | Backend)
     targets = (find_backend(backend),) if isinstance(backend, str | Backend) else find_backends(backend)
     places = [Path(out) if single else Path(out) / target.name for target in targets]
     for place in places:
         artifact.check_free(place)
+    if batches is None:
+        if example_inputs is None and isinstance(model, nn.Module):
+            raise InputError("there are neither batches nor an example", action="give example_inputs, whose shapes images are made in")
+        batches = distill_data(model, example_inputs, seed=options.get("seed", 0))
     stream = iter(batches)
     first = next(stream, None)
     if first is None:
         raise InputError("there is no calibration data", action="give at least one batch")
-
-    def whole() -> Iterable[Batch]:
-        yield first
-        yield from stream
-
-    made = calibrate_all(prepare_all(model, first, targets, **options), whole())
+    example = first if example_inputs is None else example_inputs
+    several = prepare_all(model, example, targets, **options)
+    made = calibrate_all(several, chain((first,), stream), labels=labels, folder=folder, resume=resume)
     for prepared, place in zip(made, places, strict=True):
         with artifact.staged(place) as fresh:
             verify(convert(prepared, fresh, file_format))

@@ -147,13 +147,17 @@ def log_offset(scale: Tensor) -> Tensor:
     return torch.round(LOG_STEPS * torch.log2(scale.double())).to(torch.int64)
 
 
-def bias_scale(input_scale: Tensor, weight_scale: Tensor) -> Tensor:
-    """The scale of an int32 bias, float32 `[C]`: the step of the accumulator it is added to. Powers of two give one."""
-    return (input_scale.double() * weight_scale.double()).float()
+def bias_scale(input_scale: Tensor, weight_scale: Tensor, channels: int) -> Tensor:
+    """The scale of an int32 bias, float32 `[channels]`, or `[1]` for a weight of one scale: the step of the accumulator it is added to.
+
+    The groups of a transposed convolution share the scales of their channels: group g has channels g C to g C + C - 1 for C scales.
+    """
+    groups = channels // len(weight_scale) if len(weight_scale) > 1 else 1
+    return (input_scale.double() * weight_scale.double()).float().repeat(groups)
 
 
 def weight_scale_for_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor, grid: Grid = "uniform") -> Tensor:
-    """`weight_scale` `[C]`, raised where the bias `[C]` would not fit in int32 at `input_scale * weight_scale`.
+    """`weight_scale` `[C]`, raised where the `bias` `[n C]` would not fit in int32 at its `bias_scale`; `[n]` for one scale.
 
     Half of the int32 range is left for the accumulator itself. On a grid of powers of two it is raised to one; a log or float16
     grid adds no int32 biases, and its scale stays.
@@ -163,7 +167,9 @@ def weight_scale_for_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tenso
         needed = power_above(needed)
     elif grid != "uniform":
         needed = torch.zeros_like(needed)
-    return torch.maximum(weight_scale.double(), needed.expand_as(bias)).float()
+    if len(weight_scale) > 1:
+        needed = needed.view(-1, len(weight_scale)).amax(0)
+    return torch.maximum(weight_scale.double(), needed).float()
 
 
 def shift_average(count_h: int, count_w: int) -> tuple[int, int]:
@@ -186,8 +192,8 @@ def shift_average(count_h: int, count_w: int) -> tuple[int, int]:
 def round_codes(x: Tensor, rounding: Rounding) -> Tensor:
     """Round to integers, exact halves to the even neighbour; or away from zero; or to even from 0 up and upwards below (DPU).
 
-    The last two are written as ONNX has to write them, to the sign of zeros. All are exact: a float minus its floor rounds only
-    between -1/2 and 0, where both ways give 0.
+    The last two are written as ONNX has to write them, to the sign of zeros. All are exact: a float minus its whole part rounds
+    only next to 0, where all ways give 0.
 
     >>> [round_codes(torch.tensor([0.5, 1.5, -0.5, -2.5]), r).tolist() for r in ("half_even", "half_away", "dpu")]
     [[0.0, 2.0, -0.0, -2.0], [1.0, 2.0, -1.0, -3.0], [0.0, 2.0, -0.0, -2.0]]
@@ -197,7 +203,11 @@ def round_codes(x: Tensor, rounding: Rounding) -> Tensor:
     if rounding == "half_even":
         return torch.round(x)
     if rounding == "dpu":
-        return torch.where((x < 0) & (x - torch.floor(x) == 0.5), torch.ceil(x), torch.round(x))
+        rounded = torch.round(x)
+        if rounded.numel() and not rounded.amin() >= 0:  # most tensors come from a relu
+            ties = torch.eq(x - rounded, 0.5).logical_and_(rounded < 0)
+            rounded[ties] += 1
+        return rounded
     assert rounding == "half_away", rounding
     size = x.abs()
     whole = torch.floor(size)

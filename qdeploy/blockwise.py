@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from qdeploy import arith, graph
 from qdeploy.algorithm import Changed, Declined, Step, Work
-from qdeploy.flow import Flow, Piece
+from qdeploy.flow import Flow, Piece, backward_batch
 from qdeploy.quantizer import Quantizer
 from qdeploy.reconstruct import Settings, apply, reconstruct
 from qdeploy.regions import Region, is_layer
@@ -144,32 +144,36 @@ def _on_grid(work: Work) -> None:
 
 
 def _importance(work: Work, floating: Flow, regions: Sequence[Region]) -> dict[str, Tensor]:
-    """The squared gradient of the network's loss at the end of every region, `[N, ...]`, of mean 1 for each.
+    """The squared gradient of the network's loss at every tensor that leaves a region, `[N, ...]`, of mean 1 for each.
 
     For class scores `[N, K]` the loss is the cross-entropy of a class drawn from the network's own probabilities, whose expected
     squared gradient is the diagonal of the Fisher matrix; for other outputs it is their product with normal noise (Gauss-Newton).
     """
+    exits = floating.exits([floating.node(graph.tensor_name(region.nodes[-1])) for region in regions])
+    wanted = [graph.tensor_name(node) for node in exits]
     module = graph.copy(work.prepared.floating)
     named = {graph.tensor_name(node): node for node in module.graph.nodes}
-    wanted = [graph.tensor_name(region.nodes[-1]) for region in regions]
     (end,) = module.graph.find_nodes(op="output")
     outputs = graph.outputs(module.graph)
     end.args = ((tuple(outputs), tuple(named[name] for name in wanted)),)
     module.graph._codegen = fx.graph.CodeGen()
     module.recompile()
     random = torch.Generator().manual_seed(work.seed)
-    inputs = work.samples
     found: dict[str, Tensor] = {}
-    for rows in floating.rows():
-        given = [t[rows].detach().clone().requires_grad_(t.is_floating_point()) for t in inputs]
+    batch = backward_batch(module, floating.batch) if work.prepared.captured.dynamic_batch else floating.batch
+    for rows in floating.rows(batch):
+        given = [t[rows].detach().clone().requires_grad_(t.is_floating_point()) for t in work.samples]
         with torch.enable_grad():
             made, ends = module(*given)
-            loss = torch.stack([_loss(output, random) for output in made]).sum()
-            gradients = torch.autograd.grad(loss, [e for e in ends if e.requires_grad], allow_unused=True)
-        for name, value, gradient in zip(wanted, ends, gradients, strict=True):
+            loss = torch.stack([_loss(output, random) for output in made if output.requires_grad]).sum()
+        reached = [position for position, value in enumerate(ends) if value.requires_grad]
+        slopes = torch.autograd.grad(loss, [ends[position] for position in reached], allow_unused=True)
+        by_position = dict(zip(reached, slopes, strict=True))
+        for position, (name, value) in enumerate(zip(wanted, ends, strict=True)):
             if name not in found:
-                found[name] = work.arena.empty((floating.samples, *value.shape[1:]), value.dtype)
-            found[name][rows] = torch.zeros_like(value) if gradient is None else gradient.square()
+                found[name] = work.arena.empty((floating.samples, *value.shape[1:]), torch.float32)
+            slope = by_position.get(position)
+            found[name][rows] = torch.zeros(value.shape) if slope is None else slope.square()
     for values in found.values():
         mean = float(values.mean())
         values.div_(mean) if mean > 0 else values.fill_(1.0)

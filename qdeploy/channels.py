@@ -26,7 +26,6 @@ HOMOGENEOUS = frozenset({"relu", "leaky_relu", "prelu"})
 SPATIAL = (MAX_POOL | MEAN_POOL | {"interpolate"}) - {"mean"}
 SIZES = frozenset({"sym_size", "sym_numel", "sym_stride"})
 """Ops that read the shape of a tensor, not its values."""
-VIEWS = frozenset({"aten.view.default", "aten._unsafe_view.default"})
 
 
 @dataclass(slots=True, eq=False)
@@ -228,10 +227,9 @@ def evaluate(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
 
     if any(known(source) is None for source in node.all_input_nodes):
         return None
-    target = torch.ops.aten.reshape.default if str(node.target) in VIEWS else node.target  # values may have strides that no view has
-    assert callable(target)
+    assert callable(node.target)
     try:
-        made = target(*fx.node.map_arg(node.args, known), **fx.node.map_arg(node.kwargs, known))
+        made = node.target(*fx.node.map_arg(node.args, known), **fx.node.map_arg(node.kwargs, known))
     except RuntimeError:  # what is written for a whole batch may not fit one sample
         return None
     wanted = [shape(value) for value in pytree.tree_leaves(graph.value(node))]

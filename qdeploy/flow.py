@@ -10,11 +10,14 @@ one computes it anew from what is.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import weakref
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -23,6 +26,8 @@ from qdeploy import graph
 
 LIMIT = 1 << 30
 """Bytes of values that are held in memory; the rest lies in files."""
+BACKWARD = 1 << 26
+"""Bytes that the values of one backward pass through a whole graph may take, as far as fewer samples at once help."""
 
 
 class Arena:
@@ -107,6 +112,12 @@ class Flow:
         """Compute everything before `stop`."""
         self._run(self._until(self._order[stop]))
 
+    def exits(self, lasts: Sequence[fx.Node]) -> list[fx.Node]:
+        """The nodes, inputs too, whose values leave the pieces that end at `lasts`, which are in graph order."""
+        ends = [self._order[last] for last in lasts]
+        found = [(node, bisect_left(ends, position)) for node, position in self._order.items() if node in self._kept]
+        return [node for node, piece in found if piece < len(ends) and self._last.get(node, -1) > ends[piece]]
+
     def _until(self, position: int) -> list[fx.Node]:
         end = self._done
         while end < len(self._todo) and self._order[self._todo[end]] < position:
@@ -121,50 +132,71 @@ class Flow:
         return frozenset(found)
 
     def _cut(self, nodes: Sequence[fx.Node]) -> Piece:
-        inside = set(nodes)
-        end = self._order[nodes[-1]]
-        enters: dict[fx.Node, None] = {}
-        for node in nodes:
-            enters |= dict.fromkeys(sorted(self._needs[node] - inside, key=self._order.__getitem__))
-        leaves = tuple(node for node in nodes if self._last.get(node, -1) > end)
+        enters, order, leaves = self._needed(nodes)
         made = fx.Graph()
         copies = {node: made.placeholder(f"enter_{index}") for index, node in enumerate(enters)}
         for node, copy in copies.items():
             copy.meta = dict(node.meta)
+        for node in order:
+            copies[node] = made.node_copy(node, copies.__getitem__)
+        made.output(tuple(copies[node] for node in leaves))
+        return Piece(module=fx.GraphModule(self.module, made), enters=enters, leaves=leaves)
 
-        def copied(node: fx.Node) -> fx.Node:
-            if node not in copies:
-                for source in node.all_input_nodes:
-                    copied(source)
-                copies[node] = made.node_copy(node, copies.__getitem__)
-            found: fx.Node = copies[node]
-            return found
-
-        made.output(tuple(copied(node) for node in nodes if node in leaves) if leaves else ())
-        return Piece(module=fx.GraphModule(self.module, made), enters=tuple(enters), leaves=leaves)
+    def _needed(self, nodes: Sequence[fx.Node]) -> tuple[tuple[fx.Node, ...], list[fx.Node], tuple[fx.Node, ...]]:
+        """To compute the kept `nodes`: what enters, all nodes that lead from there to what leaves, in order, and what leaves."""
+        inside = set(nodes)
+        end = self._order[nodes[-1]]
+        enters = sorted({source for node in nodes for source in self._needs[node] if source not in inside}, key=self._order.__getitem__)
+        leaves = tuple(node for node in nodes if self._last.get(node, -1) > end)
+        wanted: set[fx.Node] = set()
+        waiting = list(leaves)
+        while waiting:
+            node = waiting.pop()
+            if node not in wanted and node not in enters:
+                wanted.add(node)
+                waiting += node.all_input_nodes
+        return tuple(enters), sorted(wanted, key=self._order.__getitem__), leaves
 
     def _run(self, nodes: Sequence[fx.Node]) -> None:
+        """Compute the next kept `nodes`, node by node: to make a module of a few would take longer than to run it."""
         if not nodes:
             return
-        piece = self._cut(nodes)
+        enters, order, leaves = self._needed(nodes)
+        last = {source: node for node in order for source in node.all_input_nodes}
+        done: dict[fx.Node, list[fx.Node]] = {}
+        for source, node in last.items():
+            if source not in leaves:
+                done.setdefault(node, []).append(source)
         stores: list[Tensor] = []
         with torch.no_grad():
             for rows in self.rows():
-                made = piece.module(*(self._values[node][rows] for node in piece.enters))
+                made: dict[fx.Node, Any] = {node: self._values[node][rows] for node in enters}
+                for node in order:
+                    made[node] = self._call(node, made)
+                    for source in done.get(node, ()):
+                        del made[source]
                 if not stores:
-                    stores = [self.arena.empty((self.samples, *value.shape[1:]), value.dtype) for value in made]
-                for store, value in zip(stores, made, strict=True):
-                    store[rows] = value
-        self._values |= dict(zip(piece.leaves, stores, strict=True))
+                    stores = [self.arena.empty((self.samples, *made[leaf].shape[1:]), made[leaf].dtype) for leaf in leaves]
+                for store, leaf in zip(stores, leaves, strict=True):
+                    store[rows] = made[leaf]
+        self._values |= dict(zip(leaves, stores, strict=True))
         self._done += len(nodes)
         end = self._order[nodes[-1]]
         for node in [node for node in self._values if self._last.get(node, -1) <= end]:
             del self._values[node]
 
-    def rows(self) -> Iterator[slice]:
-        """The batches of samples."""
-        for start in range(0, self.samples, self.batch):
-            yield slice(start, start + self.batch)
+    def _call(self, node: fx.Node, made: dict[fx.Node, Any]) -> Any:
+        if node.op == "get_attr":
+            return graph.parameter(self.module, str(node.target))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), made.__getitem__)
+        target = self.module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+        assert callable(target)
+        return target(*args, **kwargs)
+
+    def rows(self, batch: int = 0) -> Iterator[slice]:
+        """Batches of `batch` samples, or of as many as the flow takes at once."""
+        for start in range(0, self.samples, batch or self.batch):
+            yield slice(start, min(start + (batch or self.batch), self.samples))
 
 
 def run(module: fx.GraphModule, inputs: Sequence[Tensor], batch: int = 64) -> list[Tensor]:
@@ -175,6 +207,16 @@ def run(module: fx.GraphModule, inputs: Sequence[Tensor], batch: int = 64) -> li
             made = module(*(tensor[start : start + batch] for tensor in inputs))
             parts.append([t for t in torch.utils._pytree.tree_leaves(made) if isinstance(t, Tensor)])
     return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def backward_batch(module: fx.GraphModule, most: int) -> int:
+    """How many samples, at least 1 and at most `most`, to send back through all of `module` at once.
+
+    A backward pass holds every tensor of the graph: with fewer samples for a deeper network, its memory does not grow with depth.
+    """
+    made = (value for node in module.graph.nodes if node.op != "get_attr" and isinstance(value := graph.value(node), Tensor))
+    size = sum(math.prod(s if isinstance(s, int) else s.node.hint for s in value.shape[1:]) for value in made)
+    return max(1, min(most, BACKWARD // max(4 * size, 1)))
 
 
 def _kept_nodes(module: fx.GraphModule) -> set[fx.Node]:

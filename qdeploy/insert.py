@@ -86,8 +86,7 @@ def freeze(
             observer.update(rows, *finite_minmax(rows, planned.tensor))
             _set_range(quantizer, planned.tensor, observer)
             chosen[quantizer] = quantizer.scale, quantizer.zero_point
-    following = [planned.tensor for planned in plan.tensors if planned.scales_of is not None]
-    return chosen, {path: graph.parameter(module, path).detach().clone() for path in following}
+    return chosen, {path: graph.parameter(module, path).detach().clone() for path in plan.following}
 
 
 def settle(
@@ -104,8 +103,8 @@ def settle(
     """
     for quantizer, numbers in chosen.items():
         quantizer.set(*numbers)
-    following = [planned for planned in plan.tensors if planned.scales_of is not None]
-    for planned in following:
+    following = plan.following
+    for planned in following.values():
         source, weight = _scales(planned, serving)
         bias = biases[planned.tensor]
         with torch.no_grad():
@@ -113,7 +112,7 @@ def settle(
         raised = arith.weight_scale_for_bias(bias, source.scale, weight.scale, weight.spec.grid)
         weight.set(raised if weight.spec.axis is not None else raised.max().reshape(1), weight.zero_point)
     avoid_ties(module, plan, dict(serving))
-    for planned in following:
+    for planned in following.values():
         _set_bias(module, planned, serving)
     for planned in plan.quantized:
         if planned.average is not None:
@@ -132,16 +131,24 @@ def _set_range(quantizer: Quantizer, tensor: str, observer: Observer) -> None:
 
 def _set_bias(module: fx.GraphModule, planned: TensorPlan, serving: Mapping[str, Quantizer]) -> None:
     """The numbers of an int32 bias, or the values of a float one, from the scales of its layer."""
-    source, weight = _scales(planned, serving)
-    scale = arith.bias_scale(source.scale, weight.scale)
-    zero = torch.zeros(scale.shape, dtype=torch.int64)
+    bias = graph.parameter(module, planned.tensor)
     if planned.spec is not None:
-        serving[planned.tensor].set(scale, zero)
-    elif source.spec.linear and max(source.spec.bits, weight.spec.bits) <= LATTICE_BITS:
-        bias = graph.parameter(module, planned.tensor)
-        spec = QuantSpec(bits=32, signed=True, symmetric=True, axis=None if weight.spec.axis is None else 0)
+        source, weight = _scales(planned, serving)
+        scale = arith.bias_scale(source.scale, weight.scale, len(bias))
+        serving[planned.tensor].set(scale, torch.zeros(scale.shape, dtype=torch.int64))
+    else:
         with torch.no_grad():
-            bias.copy_(arith.fake_quantize(bias, scale, zero, spec))
+            bias.copy_(on_lattice(bias, planned, serving))
+
+
+def on_lattice(bias: Tensor, planned: TensorPlan, serving: Mapping[str, Quantizer]) -> Tensor:
+    """A float `bias` at the nearest multiples of its accumulator's step, where that is coarse enough to count."""
+    source, weight = _scales(planned, serving)
+    if not source.spec.linear or max(source.spec.bits, weight.spec.bits) > LATTICE_BITS:
+        return bias.clone()
+    scale = arith.bias_scale(source.scale, weight.scale, len(bias))
+    spec = QuantSpec(bits=32, signed=True, symmetric=True, axis=None if weight.spec.axis is None else 0)
+    return arith.fake_quantize(bias, scale, torch.zeros(scale.shape, dtype=torch.int64), spec)
 
 
 def _average(scale: float, kernel: tuple[int, int]) -> tuple[float, float]:

@@ -134,11 +134,12 @@ def observe(
     """Shape the float graphs by the first samples, then show all data to all observers. Returns the samples that steps work on."""
     first = several[0]
     kept = Kept(max(tuning.samples_needed(one) for one in several), first.captured.dynamic_batch)
+    checked = (_checked(first, item) for item in stream)
     head: list[tuple[Tensor, ...]] = []
     if any(tuning.shapes(one) for one in several):
-        for item in stream:
-            head.append(_checked(first, item))
-            if sum(len(batch[0]) for batch in head) >= tuning.PREVIEW:
+        for batch in checked:
+            head.append(batch)
+            if sum(len(part[0]) for part in head) >= tuning.PREVIEW:
                 break
         preview = [torch.cat(column)[: tuning.PREVIEW] for column in zip(*head, strict=True)]
         if head:
@@ -146,8 +147,7 @@ def observe(
     graphs = {id(one.floating): one.floating for one in several}
     watching = [watched(module, _by_tensor([one for one in several if one.floating is module])) for module in graphs.values()]
     with torch.no_grad():
-        for item in chain(head, stream):
-            batch = _checked(first, item)
+        for batch in chain(head, checked):
             for module in watching:
                 module(*batch)
             first.remember(batch)

@@ -61,6 +61,11 @@ class Plan:
         """Those with a spec: each of them must get an encoding."""
         return tuple(t for t in self.tensors if t.spec is not None)
 
+    @property
+    def following(self) -> dict[str, TensorPlan]:
+        """The biases whose steps follow from the scales of their layer, by tensor."""
+        return {t.tensor: t for t in self.tensors if t.scales_of is not None}
+
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """Table rows: tensor, role, op, scheme, reason."""
         return [(t.tensor, t.role, t.op, t.spec.describe() if t.spec else "float", t.reason) for t in self.tensors]

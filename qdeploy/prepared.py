@@ -55,6 +55,7 @@ class Prepared(nn.Module):
         self.quantizers = quantizers
         self.observers = observers
         """What is seen of each group of activations."""
+        self.following = plan.following
         self._floating = [captured.module]  # in a list, it is no part of the simulation
         self.chosen: dict[Quantizer, Numbers] = {}
         self.biases: dict[str, Tensor] = {}

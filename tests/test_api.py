@@ -8,6 +8,7 @@ import sys
 import typing
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import networks
 import numpy as np
@@ -22,6 +23,7 @@ from qdeploy.artifact import Artifact
 from qdeploy.backend import backends
 from qdeploy.errors import InputError, OptionError, QDeployError
 from qdeploy.prepared import Prepared
+from qdeploy.recipe import Recipe, StepChoice
 
 CONTRACT = {
     "prepare": ["model", "example_inputs", "backend", "recipe", "weight_bits", "activation_bits", "first_last_bits", "seed"],
@@ -209,3 +211,18 @@ def test_quantize_leaves_nothing_where_it_fails(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="does not write format"):
         qdeploy.quantize(networks.network("plain"), data[:1], backend="snpe", out=tmp_path / "out", file_format="7")
     assert not list(tmp_path.iterdir())
+
+
+def test_quantize_without_data_distills_images_of_the_example_and_keeps_finished_parts(tmp_path: Path) -> None:
+    net, (x,) = networks.network("plain"), networks.batches("plain")[0]
+    with pytest.raises(InputError, match="neither batches nor an example"):
+        qdeploy.quantize(net, None, "snpe", tmp_path / "none")
+    made = qdeploy.quantize(net, None, "snpe", tmp_path / "out", example_inputs=x[:2], recipe="fast")
+    assert made.manifest["verify"]["passed"]
+    steps = (StepChoice(step="qdrop", options={"iterations": 10, "samples": 16}),)
+    short = Recipe(name="short", by_grid=True, steps=steps)
+    for name, resume in (("first", False), ("again", True)):
+        options: dict[str, Any] = {"recipe": short, "weight_bits": 4, "folder": tmp_path / "work", "resume": resume}
+        made = qdeploy.quantize(net, networks.batches("plain"), "academic", tmp_path / name, **options)
+        assert [entry["step"] for entry in made.manifest["steps"]] == ["qdrop"]
+    assert list((tmp_path / "work").rglob("*.safetensors"))

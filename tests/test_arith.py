@@ -271,9 +271,9 @@ def test_a_bias_fits_its_scale(bias: list[float], input_scale: float, weight_sca
         needed = abs(Fraction(value)) / (Fraction(i.item()) * 2**30)
         assert after == pytest.approx(float(max(Fraction(before), needed)), rel=2**-23)
         assert after >= before
-    codes = b.double() / arith.bias_scale(i, raised).double()
+    codes = b.double() / arith.bias_scale(i, raised, len(b)).double()
     assert codes.abs().max() <= 2**30 * (1 + 2**-20)
-    assert arith.bias_scale(i, raised).tolist() == [float(np.float32(i.item() * r)) for r in raised.tolist()]
+    assert arith.bias_scale(i, raised, len(b)).tolist() == [float(np.float32(i.item() * r)) for r in raised.tolist()]
 
 
 def rounded_half(halves: int, rounding: str) -> int:
@@ -376,7 +376,7 @@ def test_a_bias_keeps_powers_of_two(bias: list[float], input_exponent: int, weig
         candidates = (Fraction(2) ** k for k in itertools.count(weight_exponent))
         limit = 2**30 * Fraction(i.item())
         assert after == next(float(c) for c in candidates if abs(Fraction(value)) <= c * limit)
-    assert arith.bias_scale(i, raised).tolist() == [r * i.item() for r in raised.tolist()]
+    assert arith.bias_scale(i, raised, len(b)).tolist() == [r * i.item() for r in raised.tolist()]
     for grid in ("log", "float16", "float16_normal"):
         assert arith.weight_scale_for_bias(b, i, w[:1], grid).tolist() == w.tolist()
 
@@ -601,3 +601,10 @@ def test_doctest() -> None:
     result = doctest.testmod(arith)
     assert result.failed == 0
     assert result.attempted > 9
+
+
+def test_groups_of_a_transposed_convolution_share_the_scales_of_their_channels() -> None:
+    b, i, w = torch.tensor([1.0, 2.0, 2.0**31, 4.0]), torch.tensor([0.5]), torch.tensor([0.25, 0.75])
+    raised = arith.weight_scale_for_bias(b, i, w)
+    assert raised.tolist() == [4.0, 0.75]
+    assert arith.bias_scale(i, raised, 4).tolist() == [2.0, 0.375, 2.0, 0.375]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial, update_wrapper
 from pathlib import Path
 
 import networks
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import qdeploy
 from qdeploy import algorithm, arith, blockwise, graph, regions
@@ -17,6 +18,7 @@ from qdeploy.errors import OptionError
 from qdeploy.flow import run
 from qdeploy.prepared import Prepared
 from qdeploy.recipe import Recipe, StepChoice
+from qdeploy.reconstruct import Settings
 
 STEPS = ("adaround", "brecq", "qdrop")
 FEW: dict[str, object] = {"iterations": 60, "batch": 8, "samples": 28}
@@ -101,6 +103,31 @@ def test_fisher_weights_are_of_mean_one_and_vanish_where_the_output_does_not_loo
 def test_fisher_weights_change_what_is_learned():
     plain, weighed = (weights(made("qdrop", fisher=fisher)) for fisher in (False, True))
     assert any(not torch.equal(plain[name], weighed[name]) for name in plain)
+
+
+class Crossing(nn.Module):
+    """In its block, what the second layer makes is read on both sides of its activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+        self.second, self.third = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = self.first(x).relu()
+        made = self.second(start)
+        return self.fc((self.third(made.sigmoid()) + made + start).mean((2, 3)))
+
+
+def test_fisher_weights_reach_every_tensor_that_leaves_a_region():
+    data = [torch.cat(column) for column in zip(*networks.batches("residual"), strict=True)]
+    torch.manual_seed(0)
+    one = qdeploy.calibrate(qdeploy.prepare(Crossing().eval(), (data[0][:4],), "academic", recipe="plain", **LOW), [data])
+    single = update_wrapper(partial(regions.blocks, largest=1), regions.blocks)
+    work = Work(one, data)
+    found = blockwise._importance(work, work.flow(one.floating, 32), single(one.floating))
+    assert {"second", "sigmoid"} <= set(found), "the region of the second layer has two exits"
+    assert "blocks" in blockwise.reconstruct_all(work, single, [Settings(iterations=8, batch=8)], 32, fisher=True)
 
 
 def test_the_seed_decides_alone():

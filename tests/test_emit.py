@@ -321,6 +321,35 @@ def test_names_that_collide_are_told_apart(net: str, backend: str, tmp_path: Pat
     assert qdeploy.verify(artifact, runtime="onnxruntime:none").passed
 
 
+class Upward(nn.Module):
+    """Transposed convolutions, the second one grouped: its groups share the scales of their channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(3, 6, 3, stride=2)
+        self.grouped = nn.ConvTranspose2d(6, 8, 2, stride=2, groups=2)
+        self.down = nn.Conv2d(8, 4, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.grouped(F.relu(self.up(x)))))
+
+
+@cache
+def upward() -> tuple[Tensor, dict[str, Prepared]]:
+    torch.manual_seed(3)
+    x = torch.randn(4, 3, 5, 6)
+    return x, networks.several(Upward().eval(), [(x,)], backends.names())
+
+
+@pytest.mark.parametrize("backend", backends.names())
+def test_transposed_convolutions_are_emitted_as_they_are_simulated(backend: str, tmp_path: Path) -> None:
+    x, made = upward()
+    artifact = qdeploy.convert(made[backend], tmp_path / "out")
+    for value, wanted in zip(literal(artifact.simulation, feed(artifact, (x,))), made[backend].flat((x,)), strict=True):
+        np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-4)
+    assert qdeploy.verify(artifact, runtime="onnxruntime:none").passed
+
+
 def test_onnxsim_is_undone_where_it_loses_an_encoded_name_and_the_manifest_says_so() -> None:
     artifact = networks.artifact("concat", "snpe")
     assert {e.tensor for e in artifact.encodings} <= tensor_names(onnx.load(artifact.model))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import qdeploy
-from qdeploy.flow import Arena, Flow, run
+from qdeploy.flow import BACKWARD, Arena, Flow, backward_batch, run
 
 SAMPLES = 20
 
@@ -111,3 +111,15 @@ def test_values_that_are_no_rows_of_samples_are_computed_anew():
     (made,) = outputs_of(flow, module)
     with torch.no_grad():
         assert torch.allclose(made, net(x), atol=1e-6)
+
+
+def test_a_backward_pass_takes_fewer_samples_the_deeper_the_network_is():
+    def module(depth: int) -> torch.fx.GraphModule:
+        net = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(depth))).eval()
+        return qdeploy.capture.capture(net, torch.zeros(2, 8, 64, 64)).module
+
+    sample = 4 * 8 * 64 * 64
+    for depth in (2, 40):
+        size = backward_batch(module(depth), 1000)
+        assert size == BACKWARD // (sample * (depth + 1))
+    assert backward_batch(module(2), 16) == 16
