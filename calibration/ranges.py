@@ -380,8 +380,9 @@ def _activation_behind(node: fx.Node) -> fx.Node:
 def _squares(error: Tensor, channels: int, op: str) -> Tensor:
     """The sum of squares for each of the `channels` of the op's weight, float64 `[C]`."""
     squares = error.square_()
-    if channels > 1:
-        axis = squares.dim() - 1 if op == "linear" else 1
-        squares = squares.sum([d for d in range(squares.dim()) if d != axis])
+    if channels == 1:
+        return squares.sum().double().view(1)
+    axis = squares.dim() - 1 if op == "linear" else 1
+    squares = squares.sum([d for d in range(squares.dim()) if d != axis])
     # the groups of a transposed convolution share the scales of their channels
     return squares.view(-1, channels).sum(0).double()

@@ -39,21 +39,27 @@ class Arena:
         self.used = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialized tensor; its room is free again when the tensor is gone."""
-        count = 1
-        for size in shape:
-            count *= size
+        """An uninitialized tensor, images laid out channels_last; its room is free again when the tensor is gone."""
+        count = math.prod(shape)
         size = count * dtype.itemsize
         if self.used + size <= self.limit or not size:
-            made = torch.empty(tuple(shape), dtype=dtype)
+            made = _laid_out(torch.empty(count, dtype=dtype), shape)
             self.used += size
             weakref.finalize(made, self._free, size)
             return made
         with tempfile.NamedTemporaryFile(dir=self.folder) as file:  # the mapping outlives the name
-            return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(tuple(shape))
+            return _laid_out(torch.from_file(file.name, shared=True, size=count, dtype=dtype), shape)
 
     def _free(self, size: int) -> None:
         self.used -= size
+
+
+def _laid_out(memory: Tensor, shape: Sequence[int]) -> Tensor:
+    """Flat `memory` as a tensor of `shape`."""
+    if len(shape) != 4:
+        return memory.view(tuple(shape))
+    n, c, h, w = shape
+    return memory.view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

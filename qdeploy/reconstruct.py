@@ -200,6 +200,8 @@ class _Batch:
 
 
 def _take(store: Store, which: Tensor) -> Tensor:
+    if isinstance(store, Tensor) and store.dim() == 4:
+        return store.permute(0, 2, 3, 1).index_select(0, which).permute(0, 3, 1, 2)
     x = store[which]
     return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
 

@@ -73,9 +73,11 @@ def test_what_nobody_reads_any_more_is_dropped():
 def test_an_arena_counts_what_is_alive():
     arena = Arena(limit=4000)
     first = arena.empty((100,), torch.float32)
-    assert arena.used == 400
+    image = arena.empty((2, 3, 4, 5), torch.float32)
+    assert image.is_contiguous(memory_format=torch.channels_last)
+    assert arena.used == 400 + 480
     del first
-    assert arena.used == 0
+    assert arena.used == 480
 
 
 def test_beyond_the_limit_values_lie_in_files_and_are_the_same(tmp_path: Path):
