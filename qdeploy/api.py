@@ -161,6 +161,7 @@ def _prepare(
     chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
     captured = capture(model, example_inputs)
     fold.fold_batch_norms(captured.module)
+    fold.plain_batch_norms(captured.module)
     if any(step.needs_biases for step in tuning.made_steps(chosen)):
         fold.add_biases(captured.module)
     fold.untie_biases(captured.module)

@@ -53,14 +53,16 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Tensor | Sequenc
         program = _export(model, example)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, while it copies its programs
-        program = program.run_decompositions({})
+        program = program.run_decompositions(simplify.DECOMPOSITIONS)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     _check_outputs(module)
     _own_parameters(module)
+    simplify.fold_constants(module)
     simplify.drop_nothing_ops(module)
     simplify.loosen_views(module)
     simplify.infer_batch(module)
+    simplify.soften_masks(module)
     _name_tensors(module)
     inputs = tuple(_input_spec(node) for node in module.graph.find_nodes(op="placeholder"))
     if example_inputs is not None:

@@ -319,21 +319,29 @@ def _text(marker: ir.Node, attribute: str) -> str:
 def _untie(model: ir.Model) -> None:
     """Part again what the exporter merged because it is equal, where the parts have encodings of their own."""
     owners: dict[int, str] = {}
+    parts: dict[tuple[int, str], ir.Value] = {}
     for marker in _markers(model):
         raw, name = marker.inputs[0], _text(marker, "tensor")
         assert raw is not None and raw.name is not None
         if owners.setdefault(id(raw), name) == name:
             continue
-        if raw.name in model.graph.initializers:
-            assert raw.const_value is not None
-            own = ir.Value(name=f"{raw.name}/{name}", shape=raw.shape, type=raw.type, const_value=raw.const_value)
-            model.graph.register_initializer(own)
-        else:
-            copy = ir.node("Identity", [raw])
-            model.graph.insert_before(marker, [copy])
-            own = copy.outputs[0]
-            own.name, own.shape, own.type = f"{raw.name}/{name}", raw.shape, raw.type
-        marker.replace_input_with(0, own)
+        if (id(raw), name) not in parts:
+            parts[id(raw), name] = _part(model, marker, raw, f"{raw.name}/{name}")
+        marker.replace_input_with(0, parts[id(raw), name])
+
+
+def _part(model: ir.Model, marker: ir.Node, raw: ir.Value, name: str) -> ir.Value:
+    """A copy of `raw` called `name`, made before `marker`."""
+    if raw.name in model.graph.initializers:
+        assert raw.const_value is not None
+        own = ir.Value(name=name, shape=raw.shape, type=raw.type, const_value=raw.const_value)
+        model.graph.register_initializer(own)
+        return own
+    copy = ir.node("Identity", [raw])
+    model.graph.insert_before(marker, [copy])
+    own = copy.outputs[0]
+    own.name, own.shape, own.type = name, raw.shape, raw.type
+    return own
 
 
 def _values(model: ir.Model) -> list[ir.Value]:

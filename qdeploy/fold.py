@@ -27,6 +27,100 @@ def fold_batch_norms(module: fx.GraphModule) -> int:
     return count
 
 
+def plain_batch_norms(module: fx.GraphModule) -> int:
+    """Make of every batch norm that is left a per-channel scale and shift that targets compute. Returns their number.
+
+    Where only convolutions without padding read it, it is folded forward into their weights:
+
+        W (g x + h) + b = (W g) x + (b + W h),      with g and h along the input channels of W
+
+    Else it becomes a depthwise convolution with kernels of one element, or, on `[N, C]`, a product and a sum.
+    """
+    count = 0
+    for norm in list(module.graph.nodes):
+        if norm.op == "call_function" and graph.op_of(norm).name == "batch_norm" and _has_statistics(norm):
+            if not _fold_forward(module, norm):
+                _make_plain(module, norm)
+            count += 1
+    graph.finish(module)
+    return count
+
+
+def _has_statistics(norm: fx.Node) -> bool:
+    return all(not isinstance(n, fx.Node) or n.op == "get_attr" for n in norm.args[1:5]) and isinstance(norm.args[3], fx.Node)
+
+
+def _fold_forward(module: fx.GraphModule, norm: fx.Node) -> bool:
+    """Fold `norm` into the convolutions behind it, if they alone read it and add no zeros at the border."""
+    (made,) = norm.users if str(next(iter(norm.users)).target) == "<built-in function getitem>" else (norm,)
+    layers = list(made.users)
+    if not layers or not all(_takes_forward(layer, made) for layer in layers):
+        return False
+    gain, shift = _affine(module, norm)
+    for layer in layers:
+        op = graph.op_of(layer)
+        weight, bias = graph.argument(layer, op.weight), graph.argument(layer, op.bias)
+        assert op.weight is not None and op.bias is not None and weight is not None
+        old = graph.parameter(module, str(weight.target))
+        wide = old.detach().double()
+        groups = len(gain) // wide.shape[1]
+        along = [groups, 1, wide.shape[1], *[1] * (wide.dim() - 2)]
+        parts = wide.view(groups, -1, *wide.shape[1:])
+        inner = tuple(range(2, parts.dim()))
+        added = (parts * shift.view(along)).sum(inner).flatten()
+        added += 0 if bias is None else graph.parameter(module, str(bias.target)).detach().double()
+        path = str(weight.target) if len(weight.users) == 1 else _free_path(module, str(weight.target))
+        own = bias is not None and len(bias.users) == 1
+        bias_path = str(bias.target) if bias is not None and own else _free_path(module, f"{path.rpartition('.')[0]}.bias".lstrip("."))
+        for position, place, tensor in ((op.weight, path, (parts * gain.view(along)).view_as(wide)), (op.bias, bias_path, added)):
+            graph.set_parameter(module, place, tensor.to(old.dtype).requires_grad_(old.requires_grad))
+            _set_argument(layer, position, graph.parameter_node(module.graph, place, tensor.to(old.dtype), layer))
+    source = norm.args[0]
+    assert isinstance(source, fx.Node)
+    _bypass(norm, source)
+    return True
+
+
+def _takes_forward(layer: fx.Node, source: fx.Node) -> bool:
+    """Whether `layer` is a convolution of constant weights that reads `source`, and no zeros beside it."""
+    if (
+        layer.op != "call_function"
+        or layer.args[0] is not source
+        or not str(layer.target).endswith(("conv1d.default", "conv2d.default"))
+    ):
+        return False
+    op = graph.op_of(layer)
+    parameters = [graph.argument(layer, position) for position in (op.weight, op.bias)]
+    padding = layer.args[4] if len(layer.args) > 4 else layer.kwargs.get("padding", 0)
+    padded = any(padding) if isinstance(padding, list | tuple) else bool(padding)
+    return not padded and all(p is None or p.op == "get_attr" for p in parameters)
+
+
+def _make_plain(module: fx.GraphModule, norm: fx.Node) -> None:
+    gain, shift = _affine(module, norm)
+    source = norm.args[0]
+    assert isinstance(source, fx.Node)
+    dtype = graph.value(source).dtype  # type: ignore[attr-defined]
+    sides = _rank(norm if isinstance(graph.value(norm), Tensor) else source) - 2
+    name = graph.tensor_name(norm)
+    places = [_free_path(module, f"{name}.{part}") for part in ("scale", "shift")]
+    tensors = [gain.to(dtype).view(-1, *[1] * (sides + 1) if sides else []), shift.to(dtype)]
+    nodes = []
+    for place, tensor in zip(places, tensors, strict=True):
+        graph.set_parameter(module, place, tensor)
+        nodes.append(graph.parameter_node(module.graph, place, tensor, norm))
+    with module.graph.inserting_before(norm):
+        if sides:
+            conv = getattr(torch.ops.aten, f"conv{sides}d").default
+            made = module.graph.call_function(conv, (source, *nodes, [1] * sides, [0] * sides, [1] * sides, len(gain)))
+        else:
+            scaled = module.graph.call_function(torch.ops.aten.mul.Tensor, (source, nodes[0]))
+            scaled.meta = dict(source.meta) | {"tensor_name": f"{name}.scaled"}
+            made = module.graph.call_function(torch.ops.aten.add.Tensor, (scaled, nodes[1]))
+    made.meta = dict(norm.meta) | {"val": graph.value(source), "statistics": _statistics(module, norm, len(gain))}
+    _bypass(norm, made)
+
+
 def add_biases(module: fx.GraphModule) -> int:
     """Give every layer with constant weights a bias, of zeros where it had none. Returns the number added."""
     count = 0

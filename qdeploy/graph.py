@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy as copying
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -71,14 +72,29 @@ def parameter(module: nn.Module, path: str) -> Tensor:
 
 def set_parameter(module: nn.Module, path: str, tensor: Tensor) -> None:
     """Put a new parameter at a dotted path, making the modules on the way."""
+    module, name = _owner(module, path)
+    if name in module._buffers:
+        del module._buffers[name]
+    setattr(module, name, nn.Parameter(tensor, requires_grad=tensor.requires_grad))
+
+
+def set_constant(module: nn.Module, path: str, tensor: Tensor) -> None:
+    """Put a tensor at a dotted path, a float one as a parameter, making the modules on the way."""
+    if tensor.is_floating_point():
+        set_parameter(module, path, tensor)
+        return
+    module, name = _owner(module, path)
+    module.register_buffer(name, tensor)
+
+
+def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds what is at `path`, made where it is not there, and the name there."""
     owner, _, name = path.rpartition(".")
     for part in owner.split(".") if owner else ():
         if not hasattr(module, part):
             module.add_module(part, nn.Module())
         module = getattr(module, part)
-    if name in module._buffers:
-        del module._buffers[name]
-    setattr(module, name, nn.Parameter(tensor, requires_grad=tensor.requires_grad))
+    return module, name
 
 
 def parameter_node(graph: fx.Graph, path: str, tensor: Tensor, before: fx.Node) -> fx.Node:
@@ -136,6 +152,32 @@ def geometry(node: fx.Node) -> Geometry | None:
 
     kernel = tuple(int(size) for size in shape.shape[2:])
     return Geometry(kernel=kernel, stride=sizes("stride"), dilation=sizes("dilation"), grouped=int(names["groups"]) > 1)
+
+
+def macs(node: fx.Node) -> int:
+    """Multiply-accumulates of a layer or a matrix product, for one sample; 0 of any other op."""
+    op, made = op_of(node), value(node)
+    if op.kind != "compute" or not isinstance(made, Tensor):
+        return 0
+    weight = argument(node, op.weight if op.weight is not None else 1)
+    shape = value(weight) if weight is not None else None
+    if not isinstance(shape, Tensor):
+        return 0
+    if op.name == "matmul":
+        inner = shape.shape[-2] if shape.dim() > 1 else shape.shape[0]
+        return _elements(made) * int(inner)
+    if op.name == "linear":
+        return _elements(made) * int(shape.shape[1])
+    if "transpose" in op.name:  # every input element meets all that a weight has for its channel
+        source = value(node.all_input_nodes[0])
+        assert isinstance(source, Tensor)
+        return _elements(source) * math.prod(shape.shape[1:])
+    return _elements(made) * math.prod(shape.shape[1:])
+
+
+def _elements(made: Tensor) -> int:
+    """Of one sample, where the batch may vary."""
+    return math.prod(size if isinstance(size, int) else 1 for size in made.shape)
 
 
 def _schema(node: fx.Node) -> torch.FunctionSchema:

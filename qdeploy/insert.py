@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from qdeploy import arith, graph
 from qdeploy.errors import InputError
-from qdeploy.observer import Observer, as_rows, finite_minmax
+from qdeploy.observer import MASK, Observer, as_rows, finite_minmax, unmasked
 from qdeploy.plan import Plan, TensorPlan
 from qdeploy.quantizer import Quantizer
 from qdeploy.spec import FLOAT16_MAX, QuantSpec, Role
@@ -83,6 +83,8 @@ def freeze(
         elif planned.scales_of is None:
             observer = make_observer(planned.role, planned.spec)
             rows = as_rows(graph.parameter(module, planned.tensor), planned.spec.axis)
+            if planned.role == "constant" and bool((rows == MASK).any()):
+                rows = unmasked(rows)
             observer.update(rows, *finite_minmax(rows, planned.tensor))
             _set_range(quantizer, planned.tensor, observer)
             chosen[quantizer] = quantizer.scale, quantizer.zero_point

@@ -45,6 +45,13 @@ class Observer(ABC):
         """`(low, high)`, float64 `[C]` each, of what was seen so far."""
 
 
+MASK = -1e4
+"""What a captured graph adds to masked places, or puts there: a softmax makes exp(-1e4) = 0 of it."""
+MASKED = -5e3
+"""Values from here down are masked, in a tensor that carries an attention mask."""
+MARGIN = 16.0
+"""How far below the least other value a masked place is seen: exp(-16) is 1e-7."""
+
 observers: Registry[type[Observer]] = Registry("observer", "qdeploy.calibration")
 
 
@@ -83,6 +90,16 @@ def as_rows(x: Tensor, axis: int | None) -> Tensor:
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
     return x.reshape(1, -1)
+
+
+def unmasked(rows: Tensor) -> Tensor:
+    """`rows` `[C, N]` of a tensor with masked places: there, the least of all others less MARGIN.
+
+    The range then ends where a softmax makes next to nothing of a masked place, which saturates; the others keep their resolution.
+    """
+    hidden = rows <= MASKED
+    least = float(torch.where(hidden, torch.inf, rows).amin())
+    return torch.where(hidden, (least if math.isfinite(least) else 0.0) - MARGIN, rows)
 
 
 def finite_minmax(rows: Tensor, name: str) -> tuple[Tensor, Tensor]:

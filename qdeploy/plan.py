@@ -49,12 +49,14 @@ class Plan:
     """All decisions for one model and one backend, in the order of the graph.
 
     `tie_free` says whether every sum is one of integers that `ties` can keep off the ties of rounding: all grids are linear, and no op
-    passes its result on in float, but to one that is fused with it.
+    passes its result on in float, but to one that is fused with it. `share` is that of the multiply-accumulates whose operands are both
+    quantized.
     """
 
     backend: str
     tensors: tuple[TensorPlan, ...]
     tie_free: bool
+    share: float
 
     @property
     def quantized(self) -> tuple[TensorPlan, ...]:
@@ -74,7 +76,8 @@ class Plan:
         rows = [("tensor", "role", "op", "scheme", "why"), *self.rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
-        return "\n".join([f"plan for {self.backend}: {len(self.quantized)} of {len(self.tensors)} tensors quantized", *lines])
+        count = f"{len(self.quantized)} of {len(self.tensors)} tensors quantized, {100 * self.share:.1f} % of multiply-accumulates"
+        return "\n".join([f"plan for {self.backend}: {count}", *lines])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +144,21 @@ class _Planner:
             elif node.op == "get_attr" and graph.is_float(node):
                 tensors.extend(self._constant(node, activation))
         linear = all(t.spec is None or t.spec.linear for t in tensors)
-        return Plan(backend=self.backend.name, tensors=tuple(tensors), tie_free=linear and not any(map(self._passed_on, self.nodes)))
+        tie_free = linear and not any(map(self._passed_on, self.nodes))
+        return Plan(backend=self.backend.name, tensors=tuple(tensors), tie_free=tie_free, share=self._share(tensors))
+
+    def _share(self, tensors: Iterable[TensorPlan]) -> float:
+        """Of multiply-accumulates with two quantized operands."""
+        parameters = {one.tensor for one in tensors if one.spec is not None and one.role in ("weight", "constant")}
+        done = total = 0
+        for node in self.calls:
+            macs = graph.macs(node)
+            weight = graph.argument(node, self.op[node].weight)
+            stored = weight is None or weight.op != "get_attr" or graph.tensor_name(weight) in parameters
+            operands = [source for source in self.data[node] if source.op != "get_attr"]
+            total += macs
+            done += macs * (stored and all((source, node) in self.edges for source in operands))
+        return done / total if total else 1.0
 
     def _passed_on(self, node: fx.Node) -> bool:
         """Whether `node` makes values that another op reads in float, though the target does not compute the two as one."""
@@ -262,7 +279,7 @@ class _Planner:
             return plan
         root = groups.root(node)
         rule = self.rule.get(node)
-        carried = rule is not None and rule.share and any((s, node) in self.edges for s in self.data[node])
+        carried = rule is not None and rule.share and any((s, node) in self.edges for s in self._moving(node))
         reason = self.made.get(node) or self.edges[node, readers[0]]
         if root is not node:
             reason = f"shares the encoding of {graph.tensor_name(root)}: {reason}"

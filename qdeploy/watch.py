@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, fx, nn
 
 from qdeploy import graph
-from qdeploy.observer import Observer, as_rows, finite_minmax
+from qdeploy.observer import Observer, as_rows, finite_minmax, unmasked
 
 FOLDER = "taps"
 
@@ -19,9 +19,10 @@ FOLDER = "taps"
 class Tap(nn.Module):
     """Shows a tensor to its observers."""
 
-    def __init__(self, tensor: str, observers: Sequence[Observer]):
+    def __init__(self, tensor: str, observers: Sequence[Observer], masked: bool):
         super().__init__()
         self.tensor = tensor
+        self.masked = masked
         self.by_axis: dict[int | None, list[Observer]] = {}
         for observer in observers:
             self.by_axis.setdefault(observer.spec.axis, []).append(observer)
@@ -30,6 +31,8 @@ class Tap(nn.Module):
         """Update all observers; `InputError` naming the tensor when NaN or Inf is among the values."""
         for axis, observers in self.by_axis.items():
             rows = as_rows(x, axis)
+            if self.masked:
+                rows = unmasked(rows)
             low, high = finite_minmax(rows, self.tensor)
             for observer in observers:
                 observer.update(rows, low, high)
@@ -43,7 +46,7 @@ def watched(module: fx.GraphModule, observers: Mapping[str, Sequence[Observer]])
         name = graph.tensor_name(node)
         if node.op in ("placeholder", "call_function") and name in observers:
             path = f"{FOLDER}.t{len(copy.get_submodule(FOLDER)._modules)}"
-            copy.add_submodule(path, Tap(name, observers[name]))
+            copy.add_submodule(path, Tap(name, observers[name], "masked" in node.meta))
             with copy.graph.inserting_after(node):
                 copy.graph.call_module(path, (node,))
     copy.recompile()

@@ -128,7 +128,8 @@ def test_every_float_tensor_has_one_decision_and_a_reason(model: str, backend: s
 def test_the_printed_plan_has_a_line_per_tensor(model: str, backend: str):
     plan, _, _ = planned(model, backend)
     title, header, *lines = str(plan).splitlines()
-    assert title == f"plan for {backend}: {len(plan.quantized)} of {len(plan.tensors)} tensors quantized"
+    count = f"{len(plan.quantized)} of {len(plan.tensors)} tensors quantized"
+    assert title == f"plan for {backend}: {count}, {100 * plan.share:.1f} % of multiply-accumulates"
     assert header.split() == ["tensor", "role", "op", "scheme", "why"]
     for line, tensor in zip(lines, plan.tensors, strict=True):
         scheme = tensor.spec.describe() if tensor.spec else "float"

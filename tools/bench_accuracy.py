@@ -66,6 +66,7 @@ ROWS = {
     "resnet20-w4a8": Row("resnet20", "academic", "qdrop", 0.1, widths(4, 8)),
     "resnet20-w2a4-long": Row("resnet20", "academic", "qdrop", 3.0, widths(2, 4), iterations=4000),
     "resnet20-w4a8-long": Row("resnet20", "academic", "qdrop", 0.1, widths(4, 8), iterations=4000),
+    "resnet20-w4a4-long": Row("resnet20", "academic", "qdrop", 0.9, widths(4, 4), iterations=4000),
     "resnet20-w4a4-plain": Row("resnet20", "academic", "plain", None, widths(4, 4)),
     "resnet20-w2a4-plain": Row("resnet20", "academic", "plain", None, widths(2, 4)),
     "resnet20-w4a8-plain": Row("resnet20", "academic", "plain", None, widths(4, 8)),

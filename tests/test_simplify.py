@@ -1,0 +1,237 @@
+"""Attention, masks, constants and batch norms: what a captured graph makes of them computes the same, and can be quantized."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import networks
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import qdeploy
+from qdeploy import fold, graph, simplify
+from qdeploy.capture import capture
+from qdeploy.observer import MARGIN, MASK, unmasked
+
+TARGETS = ("snpe", "tensorrt", "openvino", "vitis", "onnxruntime")
+
+
+def heads(x: Tensor, count: int = 4) -> Tensor:
+    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+
+
+def tensors(*shape: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(*shape, generator=generator) for _ in range(3))
+
+
+BOOLEAN = torch.ones(5, 5, dtype=torch.bool).tril(1)
+CASES = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "scale": {"scale": 0.3},
+    "scale of one": {"scale": 1.0},
+    "boolean mask": {"attn_mask": BOOLEAN},
+    "float mask": {"attn_mask": torch.linspace(-2, 1, 25).view(5, 5)},
+}
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+def test_attention_is_the_op_it_stands_for(options: dict[str, object]) -> None:
+    query, key, value = tensors(2, 4, 5, 8)
+    wanted = F.scaled_dot_product_attention(query, key, value, **options)
+    assert torch.allclose(simplify.attention(query, key, value, **options), wanted, atol=1e-6)
+
+
+def test_fewer_heads_of_keys_serve_several_queries_each() -> None:
+    query, _, _ = tensors(2, 4, 5, 8)
+    _, key, value = tensors(2, 2, 5, 8)
+    wanted = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    assert torch.allclose(simplify.attention(query, key, value, enable_gqa=True), wanted, atol=1e-6)
+
+
+class Attention(nn.Module):
+    """One block of a transformer; what is hidden is said by a mask of 0 and 1."""
+
+    def __init__(self, hide: float = -math.inf, causal: bool = False) -> None:
+        super().__init__()
+        self.hide, self.causal = hide, causal
+        self.norm, self.qkv, self.out = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        query, key, value = (heads(part) for part in self.qkv(self.norm(x)).chunk(3, -1))
+        if self.causal:
+            made = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        else:
+            scores = query @ key.transpose(-2, -1) / 8**0.5
+            bias = torch.where(seen[:, None, None] > 0, 0.0, self.hide)
+            made = torch.softmax(scores + bias, -1) @ value
+        return x + self.out(made.transpose(1, 2).flatten(2))
+
+
+def sentences() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    seen = torch.ones(4, 6, dtype=torch.int64)
+    seen[1::2, 4:] = 0
+    return [(torch.randn(4, 6, 32, generator=generator), seen) for _ in range(3)]
+
+
+@pytest.mark.parametrize("hide", [-math.inf, torch.finfo(torch.float32).min, -1e9])
+@pytest.mark.parametrize("backend", TARGETS)
+def test_what_a_mask_hides_stays_hidden_in_the_simulation(backend: str, hide: float, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, data = Attention(hide).eval(), sentences()
+    one = qdeploy.calibrate(qdeploy.prepare(net, data[0], backend, recipe="plain"), data)
+    assert one.plan.share == 1.0
+    (x, seen), changed = data[0], data[0][0].clone()
+    changed[1::2, 4:] *= 0.5  # within the calibrated ranges
+    with torch.no_grad():
+        before, after, wanted = (module(y, seen)[1::2, :4] for module, y in ((one, x), (one, changed), (net, x)))
+    assert (before - after).abs().max() < 0.05 * before.abs().max()
+    assert (before - wanted).square().sum() < 0.01 * wanted.square().sum()
+    artifact = qdeploy.convert(one, tmp_path / "out")
+    assert qdeploy.verify(artifact, runtime="onnxruntime:none").passed
+
+
+def test_causal_attention_is_quantized_in_all_its_products() -> None:
+    net, data = Attention(causal=True).eval(), sentences()
+    one = qdeploy.calibrate(qdeploy.prepare(net, data[0], "snpe", recipe="plain"), data)
+    names = [graph.op_of(node).name for node in one.captured.module.graph.nodes if node.op == "call_function"]
+    assert names.count("matmul") == 2 and "scaled_dot_product_attention" not in names
+    quantized = {planned.tensor for planned in one.plan.quantized}
+    floats = {graph.tensor_name(n) for n in one.captured.module.graph.nodes if n.op == "call_function" and graph.is_float(n)}
+    assert floats <= quantized, "every tensor has an encoding"
+
+
+def test_masked_places_are_left_out_of_the_range() -> None:
+    rows = torch.tensor([[0.5, MASK, -2.0, MASK + 3]])
+    assert unmasked(rows).tolist() == [[0.5, -2 - MARGIN, -2.0, -2 - MARGIN]]
+    assert unmasked(torch.full((1, 2), MASK)).tolist() == [[-MARGIN, -MARGIN]]
+
+
+class Standardized(nn.Module):
+    """A convolution whose weight is computed in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 3, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.flatten(1)
+        weight = ((flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True)).view_as(self.weight)
+        return F.conv2d(x, weight)
+
+
+def test_a_weight_that_is_computed_in_the_graph_is_quantized_as_one() -> None:
+    net, x = Standardized().eval(), torch.randn(2, 3, 8, 8)
+    one = qdeploy.prepare(net, x, "tensorrt", recipe="plain")
+    (weight,) = [planned for planned in one.plan.quantized if planned.role == "weight"]
+    assert weight.spec is not None and weight.spec.axis == 0
+    assert torch.allclose(one(x), net(x), atol=1e-5)
+
+
+class Tokens(nn.Module):
+    """A learned token before all others, and one table of numbers that two ops read in two places each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.fc = nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = torch.arange(8.0) / 8
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        for _ in range(2):
+            x = self.fc(x * torch.cos(table)) + x * torch.sin(table)
+        return x * 1.0
+
+
+@pytest.mark.parametrize("backend", TARGETS)
+def test_tokens_and_tables_are_emitted(backend: str, tmp_path: Path) -> None:
+    net, data = Tokens().eval(), [torch.randn(4, 3, 8) for _ in range(2)]
+    one = qdeploy.calibrate(qdeploy.prepare(net, data[0], backend, recipe="plain"), data)
+    assert qdeploy.verify(qdeploy.convert(one, tmp_path / "out"), runtime="onnxruntime:none").passed
+
+
+def norm(channels: int, kind: type[nn.Module] = nn.BatchNorm2d) -> nn.Module:
+    made = kind(channels)
+    for tensor, low, high in ((made.weight, 0.5, 2), (made.bias, -1, 1), (made.running_mean, -1, 1), (made.running_var, 0.3, 3)):
+        nn.init.uniform_(tensor, low, high)
+    return made
+
+
+class Alone(nn.Module):
+    """Batch norms that no layer is before: after a concat, behind a relu, and before a convolution with and without padding."""
+
+    def __init__(self, padding: int, groups: int = 1) -> None:
+        super().__init__()
+        self.left, self.right, self.norm = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1), norm(8)
+        self.conv = nn.Conv2d(8, 6, 3, padding=padding, groups=groups, bias=groups == 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.norm(torch.cat([F.relu(self.left(x)), self.right(x)], 1)))
+
+
+class Flat(nn.Module):
+    """Batch norms of vectors: behind an activation, and behind a layer in a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm, self.last, self.after = nn.Linear(6, 5), norm(5, nn.BatchNorm1d), nn.Linear(5, 4), norm(4, nn.BatchNorm1d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.last(self.norm(torch.tanh(self.fc(x)))))
+
+
+NORMS = {
+    "padded": (Alone(1), (3, 6, 6), {"conv2d": 4}),
+    "folded forward": (Alone(0), (3, 6, 6), {"conv2d": 3}),
+    "folded forward into groups": (Alone(0, 2), (3, 6, 6), {"conv2d": 3}),
+    "vectors": (Flat(), (6,), {"linear": 2, "mul": 1, "add": 1}),
+    "first": (nn.Sequential(norm(3), nn.Conv2d(3, 4, 3, padding=1)), (3, 6, 6), {"conv2d": 2}),
+    "in one dimension": (nn.Sequential(norm(3, nn.BatchNorm1d), nn.ReLU()), (3, 6), {"conv1d": 1}),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_batch_norms_without_a_layer_before_them_become_ops_that_targets_compute(name: str) -> None:
+    net, shape, wanted = NORMS[name]
+    x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    net = net.double().eval()
+    module = capture(net, x).module
+    fold.fold_batch_norms(module)
+    fold.plain_batch_norms(module)
+    found = [graph.op_of(node).name for node in module.graph.nodes if node.op == "call_function"]
+    assert "batch_norm" not in found and {name: found.count(name) for name in wanted} == wanted
+    assert torch.allclose(module(x), net(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", TARGETS)
+def test_a_batch_norm_behind_a_concat_is_quantized_and_emitted(backend: str, tmp_path: Path) -> None:
+    net, data = Alone(1).float().eval(), [torch.randn(4, 3, 6, 6) for _ in range(2)]
+    one = qdeploy.calibrate(qdeploy.prepare(net, data[0], backend, recipe="plain"), data)
+    assert one.plan.share == 1.0
+    assert qdeploy.verify(qdeploy.convert(one, tmp_path / "out"), runtime="onnxruntime:none").passed
+
+
+COUNTS = {
+    "convolution": (nn.Conv2d(4, 6, 3, groups=2), (4, 5, 5), 6 * 3 * 3 * 2 * 9),
+    "transposed": (nn.ConvTranspose2d(4, 6, 3, groups=2), (4, 5, 5), 4 * 25 * 3 * 9),
+    "linear": (nn.Linear(6, 5), (3, 6), 3 * 6 * 5),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_multiply_accumulates_are_counted_for_one_sample(name: str) -> None:
+    layer, shape, wanted = COUNTS[name]
+    module = capture(layer.eval(), torch.randn(2, *shape)).module
+    assert [graph.macs(node) for node in module.graph.nodes if node.op == "call_function"] == [wanted]
+
+
+def test_the_share_of_quantized_work_is_by_multiply_accumulates() -> None:
+    assert qdeploy.prepare(networks.network("plain"), networks.batches("plain")[0], "ncnn", recipe="plain").plan.share == 1.0
+    up = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 4, 2)).eval()
+    share = qdeploy.prepare(up, torch.randn(2, 3, 5, 5), "ncnn", recipe="plain").plan.share
+    assert share == pytest.approx(3 * 4 * 25 / (3 * 4 * 25 + 4 * 4 * 4 * 25))

@@ -1,0 +1,202 @@
+"""Run whole model families with random weights through capture, plan, calibration, emission and verification, for four targets.
+
+    python tools/coverage.py --write docs/coverage.md
+    python tools/coverage.py --only resnet18,vit_tiny --backends snpe
+
+Needs the extra `coverage` (timm, torchvision, transformers). Every family runs in a process of its own, with small inputs of random
+values. The table says for each target the share of multiply-accumulates that run quantized and whether ONNX Runtime agrees with the
+simulation; a family that fails says at which step and why. `--results` keeps what is measured, so that a later run goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_pipeline import machine, replace_block, table
+from families import FAMILIES, Family
+from torch import Tensor
+
+BACKENDS = ("snpe", "tensorrt", "openvino", "vitis")
+SHARE = {"vision": 0.95, "transformer": 0.90}
+"""Of multiply-accumulates that should run quantized."""
+LIMIT = 900
+"""Seconds that one family may take."""
+
+
+@dataclass
+class Step:
+    """Where the run of a family is, for the report of a failure."""
+
+    name: str = "build"
+
+
+def main() -> None:
+    """Run the chosen families and print or write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="names of families, with commas between")
+    parser.add_argument("--backends", default=",".join(BACKENDS))
+    parser.add_argument("--until", choices=("capture", "plan", "calibrate", "verify"), default="verify")
+    parser.add_argument("--results", type=Path, help="a JSON file of families already measured, to which new ones are added")
+    parser.add_argument("--write", type=Path)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(measured(FAMILIES[args.child], args.backends.split(","), args.until)))
+        return
+    known: dict[str, Any] = json.loads(args.results.read_text()) if args.results is not None and args.results.is_file() else {}
+    names = args.only.split(",") if args.only else list(FAMILIES)
+    for name in names:
+        if name not in FAMILIES:
+            parser.error(f"no family '{name}'; there are {', '.join(FAMILIES)}")
+        if name in known:
+            continue
+        known[name] = in_child(name, args.backends, args.until)
+        print(f"{name}: {brief(known[name])}", file=sys.stderr, flush=True)
+        if args.results is not None:
+            args.results.write_text(json.dumps(known, indent=1))
+    text = f"{report({name: known[name] for name in names}, args.backends.split(','))}\n\n{machine()}"
+    print(text)
+    if args.write:
+        replace_block(args.write, "coverage", text)
+
+
+def in_child(name: str, backends: str, until: str) -> dict[str, Any]:
+    """What one family gives, in a process of its own."""
+    command = [sys.executable, __file__, "--child", name, "--backends", backends, "--until", until]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    except subprocess.TimeoutExpired:
+        return {"step": "any", "error": f"took more than {LIMIT} s"}
+    if done.returncode:
+        return {"step": "any", "error": f"exit status {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}"}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measured(family: Family, backends: list[str], until: str) -> dict[str, Any]:
+    """Run one family; what came of it, or the step and the error."""
+    warnings.simplefilter("ignore")
+    start, step = time.monotonic(), Step()
+    result: dict[str, Any] = {"kind": family.kind}
+    try:
+        run(family, backends, until, step, result)
+    except Exception as error:  # whatever a family does to us is what this tool is for
+        first = (str(error).strip().splitlines() or [""])[0]
+        result |= {"step": step.name, "error": f"{type(error).__name__}: {first}"[:600]}
+        if os.environ.get("COVERAGE_TRACE"):
+            raise
+    return result | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def run(family: Family, backends: list[str], until: str, step: Step, result: dict[str, Any]) -> None:
+    """All steps of one family, with what they give in `result`."""
+    from qdeploy import api
+
+    torch.manual_seed(0)
+    model = family.make().eval()
+    batches = [family.inputs(2, number) for number in range(2)]
+    settle_statistics(model, batches)
+    wanted = model(*batches[0])
+    step.name = "capture"
+    several = api.prepare_all(model, batches[0], backends, recipe=family.recipe)
+    captured = several[0].captured.module
+    got = captured(*batches[0])
+    result["ops"] = sum(node.op == "call_function" for node in captured.graph.nodes)
+    for one, other in zip(leaves(wanted), leaves(got), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4 * float(one.abs().max()))
+    step.name = "plan"
+    result["share"] = {one.backend.name: one.plan.share for one in several}
+    if until in ("capture", "plan"):
+        return
+    step.name = "calibrate"
+    api.calibrate_all(several, batches)
+    if until == "calibrate":
+        return
+    result["verify"], result["missing"], result["sqnr"] = {}, {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for one in several:
+            name = one.backend.name
+            step.name = f"emit for {name}"
+            artifact = api.convert(one, Path(folder) / name)
+            step.name = f"verify for {name}"
+            report = api.verify(artifact, runtime="onnxruntime", simulation=one)
+            result["verify"][name] = report.passed
+            if report.faults:
+                result.setdefault("faults", {})[name] = [str(fault) for fault in report.faults][:3]
+            result["sqnr"][name] = [round(float(row.sqnr), 1) for row in report.results if row.sqnr is not None]
+
+
+def settle_statistics(model: torch.nn.Module, batches: list[tuple[Tensor, ...]]) -> None:
+    """Give batch norms the statistics of the data, with those of an untrained network values die out or explode, and zeros values."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.train()
+        norm.momentum = None
+        norm.reset_running_stats()
+    with torch.no_grad():
+        if norms:
+            for batch in batches:
+                model(*batch)
+    model.eval()
+
+
+def leaves(made: object) -> list[Tensor]:
+    """The tensors of a nested output."""
+    return [t for t in torch.utils._pytree.tree_leaves(made) if isinstance(t, Tensor)]
+
+
+def brief(result: dict[str, Any]) -> str:
+    """One line on one family."""
+    if "error" in result:
+        return f"FAILED at {result['step']}: {result['error']}"
+    shares = " ".join(f"{name} {100 * share:.1f}%" for name, share in result["share"].items())
+    return f"{result['ops']} ops, {shares}, verify {result.get('verify')}, sqnr {result.get('sqnr')}, {result['seconds']} s"
+
+
+def passes(result: dict[str, Any], backend: str) -> bool:
+    """Whether a family is deployed as it is simulated, with its compute ops quantized."""
+    return "error" not in result and result["verify"][backend] and result["share"][backend] >= SHARE[result["kind"]]
+
+
+def report(known: dict[str, Any], backends: list[str]) -> str:
+    """The table."""
+    rows = [["family", "ops", *backends, "seconds", "what failed"]]
+    counts = dict.fromkeys(SHARE, 0)
+    totals = dict.fromkeys(SHARE, 0)
+    for name, result in known.items():
+        kind = FAMILIES[name].kind
+        totals[kind] += 1
+        counts[kind] += "error" not in result and all(passes(result, backend) for backend in backends if "verify" in result)
+        cells = [cell(result, backend) for backend in backends]
+        why = f"{result['step']}: {result['error']}".replace("|", "/") if "error" in result else ""
+        rows.append([name, str(result.get("ops", "")), *cells, str(result.get("seconds", "")), why])
+    lines = [f"{counts[kind]} of {totals[kind]} {kind} families pass all of {', '.join(backends)}." for kind in SHARE if totals[kind]]
+    return "\n".join([*lines, "", table(rows)])
+
+
+def cell(result: dict[str, Any], backend: str) -> str:
+    """Share of quantized multiply-accumulates, and whether the runtime agrees."""
+    if "share" not in result:
+        return "-"
+    share = f"{100 * result['share'][backend]:.1f}%"
+    if "verify" not in result or backend not in result["verify"]:
+        return share
+    return share if result["verify"][backend] else f"{share}, verify failed"
+
+
+if __name__ == "__main__":
+    main()
