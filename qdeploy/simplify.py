@@ -56,7 +56,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`scaled_dot_product_attention` in the ops that targets quantize: softmax(query key^T scale + mask) value, in inference.
+    """`scaled_dot_product_attention` in the ops that targets quantize: softmax((scale query) key^T + mask) value, in inference.
 
     The ones of a mask of booleans are seen. With fewer heads `[..., H, S, D]` of keys and values each serves as many of the queries.
     """
@@ -64,8 +64,8 @@ def attention(
         times = query.shape[-3] // key.shape[-3]
         key, value = (t.unsqueeze(-3).expand(*t.shape[:-2], times, *t.shape[-2:]).flatten(-4, -3) for t in (key, value))
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = torch.matmul(query, key.transpose(-2, -1))
-    scores = scores if factor == 1 else scores * factor
+    # the product of codes stays next to the mask and the softmax, which many targets compute in float
+    scores = torch.matmul(query if factor == 1 else query * factor, key.transpose(-2, -1))
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_LIBRARY = torch.library.Library("torchvision", "DEF")
+TORCHVISION = torch.library.Library("torchvision", "DEF")
 """The two ops that torchvision's own library would bring, which is built for another torch; it must stay alive."""
 for _op in ("nms", "qnms"):
-    _LIBRARY.define(f"{_op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    TORCHVISION.define(f"{_op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ def _vision(make: Callable[[], nn.Module], size: int) -> Family:
     return Family(make=make, inputs=images(size), kind="vision")
 
 
-_TORCHVISION = {
+_TORCHVISION_SIZES = {
     **dict.fromkeys(("resnet18", "resnext50_32x4d", "regnet_y_400mf", "regnet_x_400mf", "mobilenet_v2", "mobilenet_v3_small"), 64),
     **dict.fromkeys(("efficientnet_b0", "efficientnet_v2_s", "shufflenet_v2_x0_5", "squeezenet1_1", "densenet121", "mnasnet0_5"), 64),
     **dict.fromkeys(("convnext_tiny", "swin_t", "vgg11_bn", "alexnet", "googlenet"), 64),
@@ -154,7 +154,7 @@ _SIZED = {
 }
 
 FAMILIES: dict[str, Family] = {
-    **{name: _vision(partial(_torchvision, name), size) for name, size in _TORCHVISION.items()},
+    **{name: _vision(partial(_torchvision, name), size) for name, size in _TORCHVISION_SIZES.items()},
     **{f"timm/{name}": _vision(partial(_timm, name), size) for name, size in _TIMM.items()},
     **{f"timm/{name}": _vision(partial(_timm, name, **options), options["img_size"]) for name, options in _SIZED.items()},
     "deeplabv3_mobilenet": _vision(lambda: Scores(_torchvision("deeplabv3_mobilenet_v3_large", weights_backbone=None)), 64),
