@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+import onnx
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -158,3 +163,16 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         return make().eval(), example
+
+
+def written(
+    path: Path, inputs: str, outputs: str, body: str, opset: int = 18, functions: str = "", **constants: np.ndarray | np.generic
+) -> Path:
+    """An ONNX file from ONNX's own text form; nodes are named after their operators and places."""
+    head = f'<ir_version: 10, opset_import: ["" : {opset}, "own" : 1, "com.acme" : 1]>'
+    model = onnx.parser.parse_model(f"{head} g ({inputs}) => ({outputs}) {{ {body} }} {functions}")
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items())
+    for at, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}{at}"
+    onnx.save(model, path)
+    return path

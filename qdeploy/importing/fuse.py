@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from qdeploy.importing.table import OPERATORS
-from qdeploy.importing.weights import attribute, linears, reshaped, slopes
+from qdeploy.importing.weights import attribute, linears, reshaped, slopes, tidy
 
 Found = tuple[fx.Node, float, str, dict[str, Any]]
 """The tensor that a gate is multiplied with, the number that comes with it, and what the product is, with attributes."""
@@ -33,6 +33,7 @@ def fuse(module: fx.GraphModule) -> None:
     linears(module)
     slopes(module)
     module.graph.eliminate_dead_code()
+    tidy(module)
     module.graph.lint()
     module.recompile()
 
@@ -44,6 +45,8 @@ def kind(value: object) -> str:
 
 def _number(module: fx.GraphModule, value: object) -> float | None:
     """A constant of one element."""
+    if isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
     if isinstance(value, int | float):
         return float(value)
     found = attribute(module, value)

@@ -89,6 +89,7 @@ class Builder:
             self._node(node)
         self.graph.output(tuple(self._output(value) for value in graph.outputs))
         module = fx.GraphModule(self.root, self.graph)
+        module.meta["given"] = {".".join(_parts(name)) for name in graph.initializers}
         return module.eval()
 
     def _output(self, value: ir.Value) -> fx.Node:
@@ -213,9 +214,14 @@ class Builder:
                 raise InputError("an input is not supported", found=f"input {beyond[0]}", allowed=f"inputs 0 to {count - 1}")
 
 
+def _parts(name: str) -> list[str]:
+    """A name in the file as a path of modules."""
+    return [re.sub(r"\W", "_", part, flags=re.ASCII) for part in re.split(r"[./]", name) if part] or ["constant"]
+
+
 def keep(root: nn.Module, name: str, value: Tensor, buffer: bool = False) -> str:
     """Give `root` a parameter or buffer under `name`, or one near to it that is free; returns the path."""
-    parts = [re.sub(r"\W", "_", part, flags=re.ASCII) for part in re.split(r"[./]", name) if part] or ["constant"]
+    parts = _parts(name)
     owner = root
     for at, part in enumerate(parts[:-1]):
         while part not in owner._modules and (hasattr(owner, part) or part in _TAKEN):

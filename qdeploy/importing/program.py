@@ -81,7 +81,8 @@ def _find(path: Path, module: fx.GraphModule, example: tuple[Tensor, ...]) -> No
         with torch.no_grad():
             _Finder(module).run(*example)
     except QDeployError as error:
-        raise type(error)(f"'{path}': {error}") from error
+        message = str(error).partition("\n")[0]  # the interpreter adds lines of its own
+        raise type(error)(f"'{path}': {message}") from error
 
 
 class _Finder(fx.Interpreter):

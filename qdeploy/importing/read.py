@@ -57,6 +57,8 @@ def where(node: ir.Node, opset: int | None) -> str:
 
 
 def _short(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
     text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
     return text if len(text) <= 300 else text[:297] + "..."
 

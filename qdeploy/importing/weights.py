@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import Tensor, fx
@@ -14,9 +15,7 @@ def attribute(module: fx.GraphModule, value: object) -> Tensor | None:
     """The constant tensor that a node stands for, if it does."""
     if not isinstance(value, fx.Node) or value.op != "get_attr":
         return None
-    owner, _, name = str(value.target).rpartition(".")
-    found = getattr(module.get_submodule(owner), name)
-    return found.detach() if isinstance(found, Tensor) else None
+    return attribute_at(module, str(value.target))
 
 
 def linears(module: fx.GraphModule) -> None:
@@ -107,6 +106,32 @@ def reshaped(module: fx.GraphModule, before: fx.Node, parameter: fx.Node, *sizes
     path = keep(module, str(parameter.target), found.reshape(sizes))
     with before.graph.inserting_before(before):
         return before.graph.get_attr(path)
+
+
+def tidy(module: fx.GraphModule) -> None:
+    """Drop constants that nobody reads any more, and give their names to those that were made from them."""
+    nodes = module.graph.find_nodes(op="get_attr")
+    used = {str(node.target) for node in nodes}
+    for path in {name for name, _ in [*module.named_parameters(), *module.named_buffers()]} - used:
+        _drop(module, path)
+    for path in sorted(used - module.meta["given"]):
+        wanted = re.sub(r"(_\d+)+$", "", path)
+        owner, _, name = wanted.rpartition(".")
+        if wanted == path or hasattr(module.get_submodule(owner), name):
+            continue
+        made, buffer = attribute_at(module, path), path in dict(module.named_buffers())
+        _drop(module, path)
+        new = keep(module, wanted, made, buffer)
+        for node in nodes:
+            node.target = new if node.target == path else node.target
+
+
+def attribute_at(module: fx.GraphModule, path: str) -> Tensor:
+    """The parameter or buffer at a path."""
+    owner, _, name = path.rpartition(".")
+    found = getattr(module.get_submodule(owner), name)
+    assert isinstance(found, Tensor), path
+    return found.detach()
 
 
 def slopes(module: fx.GraphModule) -> None:
