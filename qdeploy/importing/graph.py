@@ -198,7 +198,8 @@ class Builder:
                 raise InputError("an attribute is not supported", found=name, allowed=allowed, action="export the model without it")
             value = attribute.value
             if attribute.type == ir.AttributeType.TENSOR:
-                value = self._tensor(value, f"the attribute '{name}'")
+                tensor_value = self._tensor(value, f"the attribute '{name}'")
+                value = (tensor_value.reshape(-1)[0].item(), tensor_value.dtype)  # one number: only ConstantOfShape has it
             made[name] = list(value) if isinstance(value, list | tuple) else value
         extra = {"opset": opset, "num_outputs": len(node.outputs), "loose": self.loose}
         return {name: value for name, value in extra.items() if name in found.attributes and name not in made} | made

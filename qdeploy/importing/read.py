@@ -94,6 +94,10 @@ def _check(path: Path, model: ir.Model) -> None:
         raise InputError(f"'{path}' is of an opset that is not supported", found=opset, allowed=allowed, action="export it again")
     if not model.graph.outputs:
         raise InputError(f"'{path}' returns nothing", found="a graph without outputs", action="export a model")
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        if value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+            found = f"{value.dtype.name} in '{value.name}'"
+            raise InputError(f"'{path}' is not in float32", found=found, allowed="float32", action="export the model in float32")
     for node in model.graph:
         _check_node(path, node, model.opset_imports.get(node.domain, opset))
     unknown = [n for n in model.graph if n.domain or n.op_type not in {*OPERATORS, "Constant"} - set(_OWN)]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from qdeploy.errors import CaptureError
 from qdeploy.importing.table import operator
-from qdeploy.importing.values import SMALL, Value, constant, is_plain, is_symbolic, listed, plain, tensor
+from qdeploy.importing.values import SMALL, Value, is_plain, is_symbolic, listed, plain, tensor
 
 _END = 2**31 - 1
 """A bound of a slice from here on means the end of the dimension, whatever its length."""
@@ -191,9 +191,14 @@ def expand(x: Value, sizes: Value) -> Value:
     if is_plain(x) and len(sizes) == 1 and isinstance(sizes[0], int) and sizes[0] <= SMALL:
         return listed(x) * sizes[0] if len(listed(x)) == 1 else x
     x = tensor(x)
-    own = [1] * (len(sizes) - x.dim()) + list(x.shape)
-    sizes = [1] * (len(own) - len(sizes)) + sizes
-    return x.expand([o if isinstance(s, int) and s == 1 else s for o, s in zip(own, sizes, strict=True)])
+    fresh = max(len(sizes) - x.dim(), 0)
+    sizes = [1] * (x.dim() - len(sizes)) + sizes
+    return x.expand([*sizes[:fresh], *(-1 if _keeps(own, size) else size for own, size in zip(x.shape, sizes[fresh:], strict=True))])
+
+
+def _keeps(own: Any, size: Any) -> bool:
+    """Whether a dimension stays as it is, whatever its length."""
+    return isinstance(size, int) and (size == 1 or (isinstance(own, int) and own == size))
 
 
 @operator("Tile", settings=(1,), mixed=True)
@@ -202,13 +207,12 @@ def tile(x: Value, repeats: Value) -> Value:
 
 
 @operator("ConstantOfShape", settings=(0,), mixed=True)
-def constant_of_shape(sizes: Value, *, value: Tensor | None = None) -> Value:
-    value = torch.zeros(1) if value is None else value
-    whole = constant(value)
+def constant_of_shape(sizes: Value, *, value: tuple[Any, torch.dtype] = (0.0, torch.float32)) -> Value:
+    number, dtype = value
     sizes = listed(sizes)
-    if is_plain(whole) and len(sizes) <= 1 and all(isinstance(s, int) and s <= SMALL for s in sizes):
-        return listed(whole) * sizes[0] if sizes else listed(whole)[0]
-    return torch.full(sizes, value.item(), dtype=value.dtype)
+    if dtype == torch.int64 and len(sizes) <= 1 and all(isinstance(s, int) and s <= SMALL for s in sizes):
+        return [number] * sizes[0] if sizes else number
+    return torch.full(sizes, number, dtype=dtype)
 
 
 @operator("Range", settings=(0, 1, 2), mixed=True)
@@ -219,7 +223,7 @@ def range_(start: Value, limit: Value, delta: Value) -> Value:
     return torch.arange(start, limit, delta)
 
 
-@operator("Pad", settings=(1, 3), mixed=True)
+@operator("Pad", settings=(1, 2, 3), mixed=True)
 def pad(
     x: Value,
     given: Value = None,
@@ -238,7 +242,7 @@ def pad(
     sides: list[Any] = [0, 0] * x.dim()
     for at, axis in enumerate(along):
         sides[2 * (x.dim() - 1 - axis)], sides[2 * (x.dim() - 1 - axis) + 1] = amounts[at], amounts[at + count]
-    fill = value if fill is None else fill.item() if isinstance(fill, Tensor) else listed(fill)[0]
+    fill = value if fill is None else listed(fill)[0]
     if mode == "constant":
         while sides and sides[-1] == 0 and sides[-2] == 0 and len(sides) > 2:
             sides = sides[:-2]
