@@ -349,3 +349,9 @@ def test_an_operator_computes_what_onnx_runtime_computes(tmp_path: Path, name: s
 
 def test_every_operator_has_a_case() -> None:
     assert set(supported()) - {made.op for made in CASES.values()} <= {"Constant"}
+
+
+def test_the_list_in_the_docs_is_the_list_in_the_table() -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs" / "onnx.md").read_text(encoding="utf-8")
+    listed = text.partition("## Operators")[2].partition("##")[0]
+    assert listed.replace(",", " ").split() == supported()
