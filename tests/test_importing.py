@@ -26,6 +26,7 @@ from qdeploy.files.model import load_model
 from qdeploy.ops import ACTIVATION, COMPUTE, MAX_POOL
 
 ALL = {*networks.NETWORKS, *onnx_networks.NETWORKS}
+LIKE_OTHERS = ("concat", "mobile", "plain")
 
 
 def network(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -82,7 +83,7 @@ def agree(net: nn.Module, loaded: ExportedProgram, data: tuple[Tensor, ...]) -> 
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(ALL))
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LIKE_OTHERS else n for n in sorted(ALL)])
 def test_a_network_comes_back_with_its_values_an_open_batch_and_its_layers(name: str):
     net, data = network(name)
     loaded = program(exported(name))
@@ -92,6 +93,20 @@ def test_a_network_comes_back_with_its_values_an_open_batch_and_its_layers(name:
     if name not in ("attention", "vision"):  # attention is one op in torch, and spelled out in ONNX
         assert kinds(back) == kinds(capture(net, data))
         assert weights(back) == layers(net)
+
+
+@pytest.mark.parametrize(
+    ("name", "opset", "wanted"),
+    [
+        ("decoder", 18, {"down", "group", "silu", "up", "instance", "act"}),
+        ("squeeze", 18, {"stem", "hardswish", "reduce", "relu", "expand", "hardsigmoid", "mish", "fc"}),
+        ("vision", 18, {"patch", "norm", "norm_1", "attention", "mlp.0", "mlp.1", "mlp.2", "fc"}),
+        ("shuffle", 13, {"stem", "branch.0", "branch.2", "branch.3", "fc"}),
+    ],
+)
+def test_tensors_are_named_after_the_modules_that_the_exporter_noted(name: str, opset: int, wanted: set[str]):
+    captured = capture(program(exported(name, opset, dynamo=opset > 17)), None)
+    assert wanted <= {graph.tensor_name(node) for node in captured.module.graph.nodes}
 
 
 OLDER = [

@@ -59,7 +59,8 @@ def _is_near(value: float | None, wanted: float) -> bool:
 
 def _replace(old: fx.Node, name: str, inputs: tuple[Any, ...], attributes: dict[str, Any]) -> fx.Node:
     with old.graph.inserting_before(old):
-        new = old.graph.call_function(OPERATORS[name].run, inputs, attributes)
+        scope = {"scope": old.kwargs["scope"]} if "scope" in old.kwargs else {}
+        new = old.graph.call_function(OPERATORS[name].run, inputs, attributes | scope)
     new.meta = dict(old.meta) | {"onnx": name}
     old.replace_all_uses_with(new)
     return new

@@ -9,6 +9,7 @@ from __future__ import annotations
 import keyword
 import operator as python
 import re
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,7 @@ class Builder:
         self.paths: dict[int, str] = {}
         self.kept: list[Tensor] = []  # so that no id in `paths` is used again
         self.names: set[str] = set()
+        self.crowd = Counter(_module(node) for node in model.graph if node.op_type != "Constant")
 
     def module(self) -> fx.GraphModule:
         """The whole graph as a module that returns a tuple."""
@@ -156,10 +158,24 @@ class Builder:
         self._give(node, [self.graph.call_function(python.getitem, (call, at)) for at in range(len(node.outputs))])
 
     def _make(self, found: Operator, arguments: tuple[Any, ...], attributes: dict[str, Any], node: ir.Node) -> fx.Node:
-        call = self.graph.call_function(found.run, arguments, attributes)
+        scope = self._scope(node)
+        call = self.graph.call_function(found.run, arguments, attributes | ({"scope": scope} if scope else {}))
         call.meta["onnx"] = node.op_type
         call.meta["where"] = where(node, self.model.opset_imports.get(node.domain))
         return call
+
+    def _scope(self, node: ir.Node) -> tuple[str, str] | None:
+        """The module that a node comes from, and its class; of one that makes one node only, the class does not matter.
+
+        None for layers with weights, which are named after these: exporters note a batch norm where they folded one.
+        """
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") and node.inputs[1] is not None:
+            if not isinstance(self.made[node.inputs[1]], fx.Node):
+                return None
+        path = _module(node)
+        classes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.class_hierarchy", ""))
+        kind = classes[-2] if len(classes) > 1 else "torch.nn.Module" if self.crowd[path] == 1 else ""
+        return (path, kind) if path else None
 
     def _setting(self, value: Value) -> Value:
         """A constant that must be numbers; a larger tensor of them becomes a list."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+
+from torch.fx.traceback import annotate
 
 from qdeploy.importing.values import Value, plain, tensor
 
@@ -36,9 +39,11 @@ def operator(*names: str, settings: Iterable[int] = (), mixed: bool = False, man
 
     def enter(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
-        def run(*inputs: Value, **attributes: Any) -> Any:
+        def run(*inputs: Value, scope: tuple[str, str] | None = None, **attributes: Any) -> Any:
+            """`scope`: the module that the node comes from, and its class; torch.export notes it at every op that is called here."""
             given = [plain(v) if at in numbers else v if mixed else tensor(v) for at, v in enumerate(inputs)]
-            return function(*given, **attributes)
+            with annotate({"scope": scope}) if scope else nullcontext():
+                return function(*given, **attributes)
 
         parameters = inspect.signature(function).parameters.values()
         kinds = [p.kind for p in parameters]

@@ -145,7 +145,9 @@ def slopes(module: fx.GraphModule) -> None:
         if slope.numel() == 1 or all(size == 1 for size in sizes[1:]):
             with node.graph.inserting_before(node):
                 inputs = (node.args[0], reshaped(module, node, node.args[1], -1))
-                new = node.graph.call_function(OPERATORS["PReluChannels"].run, inputs, {"sides": len(sizes) - 1})
+                new = node.graph.call_function(
+                    OPERATORS["PReluChannels"].run, inputs, {"sides": len(sizes) - 1, "scope": node.kwargs.get("scope")}
+                )
             new.meta = dict(node.meta) | {"onnx": "PReluChannels"}
             node.replace_all_uses_with(new)
     module.graph.eliminate_dead_code()
