@@ -248,7 +248,7 @@ def _name_tensors(module: fx.GraphModule) -> None:
 def _path(node: fx.Node) -> str:
     op = graph.op_of(node).name
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path, kind = stack[-1] if stack else ("", "")
+    path, kind = (node.meta.get("custom") or {}).get("scope") or (stack[-1] if stack else ("", ""))  # the scope is of an ONNX file
     kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
     weight = graph.argument(node, graph.op_of(node).weight)
     if not path and weight is not None and weight.op == "get_attr":

@@ -26,7 +26,7 @@ LEVELS = (
     ("graph", "channels", "simplify", "capture", "fold", "plan", "ties", "insert", "watch", "prepared"),
     ("flow", "regions", "algorithm", "reconstruct", "blockwise", "distill", "cookbook", "tuning", "onepass"),
     ("functions", "lower", "onnxfile", "artifact", "emit", "runtimes", "verification"),
-    ("files",),
+    ("importing", "files"),
     ("api", "screen", "arguments", "cli"),
 )
 ORDER = [name for level in LEVELS for name in level]

@@ -133,6 +133,11 @@ def _make_models(place: Path) -> None:
         (place / "gone_model.py").unlink()
     torch.jit.trace(nn.ReLU(), torch.zeros(1)).save(str(place / "script.pt"))
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [])), place / "model.onnx")
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4, 2, 3]) for name in "xy")
+    lstm = onnx.helper.make_node("LSTM", ["x", "x", "x"], ["y"], name="memory", hidden_size=3)
+    model = onnx.helper.make_model(onnx.helper.make_graph([lstm], "g", [x], [y]), opset_imports=[onnx.helper.make_opsetid("", 18)])
+    onnx.save(model, place / "lstm.onnx")
+    (place / "cut.onnx").write_bytes((place / "lstm.onnx").read_bytes()[:-30])
     (place / "saved").mkdir()
     pb = b"\x0a\x1c\x0a\x01x\x12\x0bPlaceholder\x2a\x0a\x0a\x05dtype\x12\x01\x00"
     (place / "saved" / "saved_model.pb").write_bytes(b"\x08\x01\x12" + pb)
@@ -245,7 +250,12 @@ MODELS: dict[str, tuple[str, list[str]]] = {
         ["'{at}/keys.pt'", "4 missing: 0.weight", "4 unexpected: 0.weight_", "(nearest: '0.weight_')"],
     ),
     "torchscript": (f"{{at}}/script.pt {DATA}", ["'{at}/script.pt'", "a TorchScript archive", "torch.export.save"]),
-    "onnx": (f"{{at}}/model.onnx {DATA}", ["'{at}/model.onnx'", "an ONNX file", "torch.export.save"]),
+    "empty onnx": (f"{{at}}/model.onnx {DATA}", ["'{at}/model.onnx' returns nothing", "a graph without outputs"]),
+    "damaged onnx": (f"{{at}}/cut.onnx {DATA}", ["cannot read '{at}/cut.onnx'", "a damaged ONNX file", "export the file again"]),
+    "onnx with what is unknown": (
+        f"{{at}}/lstm.onnx {DATA}",
+        ["'{at}/lstm.onnx', node 'memory' (LSTM, domain ai.onnx, opset 18): recurrent layers", "Conv, ConvTranspose", "without them"],
+    ),
     "saved model": (f"{{at}}/saved {DATA}", ["'{at}/saved'", "a TensorFlow SavedModel", "convert it"]),
     "frozen graph": (f"{{at}}/frozen.pb {DATA}", ["'{at}/frozen.pb'", "a TensorFlow GraphDef", "convert it"]),
     "keras": (f"{{at}}/keras.h5 {DATA}", ["'{at}/keras.h5'", "an HDF5 file, such as Keras writes", "convert it"]),

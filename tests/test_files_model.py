@@ -88,6 +88,18 @@ def test_pt2_by_content(tmp_path: Path) -> None:
     assert (logits.argmax(1).numpy() == test["labels"]).mean() >= 0.975
 
 
+def test_onnx_by_content(tmp_path: Path, zoo: str) -> None:
+    path = tmp_path / "model.pt2"  # the suffix lies
+    model = load_model(f"{zoo}:make")
+    assert isinstance(model, nn.Module)
+    torch.onnx.export(model, (torch.ones(2, 3),), str(path), opset_version=18, dynamo=True, verbose=False, external_data=False)
+    program = load_model(path)
+    assert isinstance(program, torch.export.ExportedProgram)
+    x = torch.linspace(-1, 1, 6).reshape(2, 3)
+    torch.testing.assert_close(program.module()(x)[0], model(x))
+    refused(OptionError, "--arch is only for a state dict", path=path, arch=f"{zoo}:make")
+
+
 @pytest.mark.parametrize("name", ["digits.pt2", "digits_calibration.npz", "digits_test.npz"])
 def test_samples_are_small_and_name_no_path(name: str) -> None:
     assert (SAMPLES / name).stat().st_size < 300_000
@@ -220,7 +232,6 @@ def test_bad_arch(tmp_path: Path, zoo: str, name: str, kind: type[QDeployError],
 
 
 FOREIGN = {
-    "onnx": (b"\x08\x0a\x12\x07pytorch\x1a\x032.1", "ONNX input is not supported yet"),
     "tflite": (b"\x1c\x00\x00\x00TFL3" + bytes(20), "TensorFlow Lite"),
     "pb": (b"\x0a\x1c\x0a\x01x\x12\x0bPlaceholder\x2a\x0a\x0a\x05dtype\x12\x01\x00", "GraphDef"),
     "h5": (b"\x89HDF\r\n\x1a\n" + bytes(50), "HDF5"),
@@ -244,12 +255,7 @@ def test_foreign_files(tmp_path: Path, name: str) -> None:
         refused(InputError, str(path), words, path=path, allow_pickle=True, arch="zoo.py:make")
 
 
-def test_real_onnx_torchscript_and_arrays(tmp_path: Path) -> None:
-    import onnx
-
-    graph = onnx.helper.make_graph([], "g", [], [])
-    onnx.save(onnx.helper.make_model(graph), tmp_path / "m")
-    refused(InputError, "ONNX input is not supported yet", "torch.export.save", path=tmp_path / "m")
+def test_real_torchscript_and_arrays(tmp_path: Path) -> None:
     torch.jit.trace(nn.ReLU(), torch.zeros(1)).save(str(tmp_path / "m"))
     refused(InputError, "TorchScript", "torch.export.save", path=tmp_path / "m", allow_pickle=True)
     np.savez(tmp_path / "m.npz", a=np.zeros(2))

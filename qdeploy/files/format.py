@@ -13,7 +13,9 @@ from pathlib import Path
 
 from qdeploy.errors import InputError
 
-MODEL_FILES = "a .pt2 file of torch.export.save, a state dict with --arch, a pickled module with --allow-pickle, or MODULE:CALLABLE"
+MODEL_FILES = (
+    "a .pt2 file of torch.export.save, an ONNX file, a state dict with --arch, a pickled module with --allow-pickle, or MODULE:CALLABLE"
+)
 EXPORT = "load the model in PyTorch and save it with torch.export.save(torch.export.export(model, example_inputs), 'model.pt2')"
 COPY_AGAIN = "copy or save the file again"
 
@@ -22,7 +24,6 @@ _ONNX_FIELDS = frozenset({0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42, 0x72})  # th
 
 # kind -> (what it is, what to do); the kinds that are no model which qdeploy reads
 _REFUSED = {
-    "onnx": ("an ONNX file; ONNX input is not supported yet", EXPORT),
     "torchscript": ("a TorchScript archive", EXPORT.replace("load", "build", 1)),
     "aotinductor": ("an AOTInductor package, compiled code without a graph", "save with torch.export.save instead"),
     "savedmodel": ("a TensorFlow SavedModel", f"qdeploy reads PyTorch models: convert it, then {EXPORT}"),
@@ -40,7 +41,7 @@ _REFUSED = {
 
 
 def model_kind(path: Path) -> str:
-    """`pt2`, `torch_zip`, `torch_legacy` or `safetensors`: how the model file at `path` is to be read.
+    """`pt2`, `onnx`, `torch_zip`, `torch_legacy` or `safetensors`: how the model file at `path` is to be read.
 
     Raises `InputError` for everything else: what is missing, empty, damaged, or of another framework.
     """
@@ -57,6 +58,8 @@ def describe_kind(kind: str) -> str:
     >>> describe_kind("torch_zip"), describe_kind("hdf5")
     ('a PyTorch model or pickle file', 'an HDF5 file, such as Keras writes')
     """
+    if kind == "onnx":
+        return "an ONNX file"
     return _REFUSED[kind][0] if kind in _REFUSED else "a PyTorch model or pickle file"
 
 

@@ -1,6 +1,7 @@
 """Models from files: `load_model` tells from a file's content what it holds, and runs no code from it unless told to.
 
 model.pt2                  torch.export.save               an ExportedProgram
+model.onnx                 any exporter                    an ExportedProgram; a module where more sizes than the batch are open
 weights.pt --arch M:C      a state dict, or safetensors    the module that C() returns, with these weights
 module.pt --allow-pickle   torch.save(module)              the module; unpickling runs code from the file
 zoo.py:make                                                what make() returns
@@ -51,6 +52,11 @@ def load_model(path: Path | str, *, arch: str | None = None, allow_pickle: bool 
     if kind == "pt2":
         _refuse_arch(arch, f"'{path}' holds a whole model")
         return load_program(path, trusted=allow_pickle)
+    if kind == "onnx":
+        from qdeploy.importing.program import load
+
+        _refuse_arch(arch, f"'{path}' holds a whole model")
+        return load(path)
     content = _read_safetensors(path) if kind == "safetensors" else _read_torch(path, allow_pickle)
     if isinstance(content, Mapping):
         content = _unwrap(content)

@@ -1,0 +1,136 @@
+"""Reading an ONNX file, with `onnx_ir`: functions inlined, nodes in order, and nothing in it that the importer does not know.
+
+No code of the file is run. Tensors that the file keeps in other files are read from its own folder only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from qdeploy.errors import InputError
+from qdeploy.importing import elementwise, layers, reducing, shaping
+from qdeploy.importing.table import OPERATORS
+
+__all__ = ["FIRST_OPSET", "LAST_OPSET", "elementwise", "layers", "read", "reducing", "shaping", "where"]  # the modules fill the table
+
+FIRST_OPSET, LAST_OPSET = 7, 25
+"""Opset 7 brought the broadcasting of today; of later ones than the last, the changes are not known here."""
+
+COPY_AGAIN = "copy or export the file again"
+_OWN = ("Linear", "PReluChannels", "SpelledLayerNorm")
+_RECURRENT = ("LSTM", "GRU", "RNN")
+_CONTROL = ("If", "Loop", "Scan", "SequenceMap")
+_QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+
+
+def supported() -> list[str]:
+    """The names of the ONNX operators that can be imported."""
+    return sorted({*OPERATORS, "Constant"} - set(_OWN))
+
+
+def read(path: Path) -> ir.Model:
+    """The model in the file. Raises `InputError` for one that is damaged, quantized, or has what the importer does not know."""
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf and onnx_ir raise many kinds for damaged files
+        raise InputError(f"cannot read '{path}'", found=f"a damaged ONNX file ({_short(error)})", action=COPY_AGAIN) from error
+    _check_external(path, model)
+    try:
+        made = InlinePass()(model)
+        made.model.graph.sort()
+    except Exception as error:  # functions that call each other in a circle, or that are not there
+        raise InputError(
+            f"cannot order the nodes of '{path}'", found=_short(error), action="check it with onnx.checker, or export it again"
+        ) from error
+    _check(path, made.model)
+    return made.model
+
+
+def where(node: ir.Node, opset: int | None) -> str:
+    """A node in words: its name, operator, domain and opset."""
+    return f"node '{node.name}' ({node.op_type}, domain {node.domain or 'ai.onnx'}, opset {opset})"
+
+
+def _short(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _check_external(path: Path, model: ir.Model) -> None:
+    for tensor in _tensors(model):
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        location = str(tensor.location)
+        parts = PurePosixPath(location).parts + PureWindowsPath(location).parts
+        if PurePosixPath(location).is_absolute() or PureWindowsPath(location).drive or ".." in parts:
+            found = f"'{location}', for tensor '{tensor.name}'"
+            raise InputError(
+                f"'{path}' names a file outside of its folder", found=found, action="export it again, with its data beside it"
+            )
+        if not (path.parent / location).is_file():
+            found = f"no '{location}', which holds the tensor '{tensor.name}'"
+            raise InputError(f"'{path}' keeps tensors in a file that is missing", found=found, action="put it beside the ONNX file")
+
+
+def _tensors(model: ir.Model) -> Iterator[object]:
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        yield from (value.const_value for value in graph.initializers.values())
+        for node in graph:
+            yield from (attribute.value for attribute in node.attributes.values() if isinstance(attribute, ir.Attr))
+
+
+def _check(path: Path, model: ir.Model) -> None:
+    opset = model.opset_imports.get("")
+    uses = any(not node.domain for node in model.graph)
+    if uses and (opset is None or not FIRST_OPSET <= opset <= LAST_OPSET):
+        allowed = f"{FIRST_OPSET} to {LAST_OPSET}"
+        raise InputError(f"'{path}' is of an opset that is not supported", found=opset, allowed=allowed, action="export it again")
+    if not model.graph.outputs:
+        raise InputError(f"'{path}' returns nothing", found="a graph without outputs", action="export a model")
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        if value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+            found = f"{value.dtype.name} in '{value.name}'"
+            raise InputError(f"'{path}' is not in float32", found=found, allowed="float32", action="export the model in float32")
+    for node in model.graph:
+        _check_node(path, node, model.opset_imports.get(node.domain, opset))
+    unknown = [n for n in model.graph if n.domain or n.op_type not in {*OPERATORS, "Constant"} - set(_OWN)]
+    if unknown:
+        known = supported()
+        near = [f"nearest: {name}" for name in get_close_matches(unknown[0].op_type, known, n=1)]
+        places = [where(node, model.opset_imports.get(node.domain, opset)) for node in unknown[:3]]
+        more = f", and {len(unknown) - 3} more nodes" if len(unknown) > 3 else ""
+        raise InputError(
+            f"'{path}' has operators that are not supported",
+            found=", ".join([*places, *near]) + more,
+            allowed=", ".join(known),
+            action="export the model again with these operators, or give the PyTorch model itself",
+        )
+
+
+def _check_node(path: Path, node: ir.Node, opset: int | None) -> None:
+    """What has a reason of its own."""
+    place = f"'{path}', {where(node, opset)}"
+    if node.op_type in _QUANTIZED or "QLinear" in node.op_type or node.op_type.endswith("Integer"):
+        raise InputError(
+            f"{place}: the model is quantized already", allowed="a float model", action="give the float model that it was made from"
+        )
+    if node.op_type in _RECURRENT:
+        raise InputError(
+            f"{place}: recurrent layers are not supported", allowed=", ".join(supported()), action="give a model without them"
+        )
+    if node.op_type in _CONTROL:
+        raise InputError(
+            f"{place}: control flow is not supported",
+            allowed="graphs without If, Loop and Scan",
+            action="export the model with torch.onnx.export(dynamo=True), or simplify it with onnxsim",
+        )
+    for value in node.inputs:
+        if value is not None and value.producer() is None and not value.is_graph_input() and not value.is_initializer():
+            raise InputError(f"{place}: an input that nothing makes", found=f"'{value.name}'", action=COPY_AGAIN)

@@ -1,0 +1,316 @@
+"""ONNX files as models: networks come back from a file as they were, and what cannot be read is refused by name."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+import networks
+import numpy as np
+import onnx
+import onnx_networks
+import pytest
+import torch
+from onnx_networks import written
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.nn.modules.conv import _ConvNd
+
+import qdeploy
+from qdeploy import graph
+from qdeploy.capture import Captured, capture
+from qdeploy.cli import main
+from qdeploy.errors import CaptureError, InputError, QDeployError
+from qdeploy.files.model import load_model
+from qdeploy.ops import ACTIVATION, COMPUTE, MAX_POOL
+
+ALL = {*networks.NETWORKS, *onnx_networks.NETWORKS}
+LIKE_OTHERS = ("concat", "mobile", "plain")
+
+
+def network(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    if name in networks.NETWORKS:
+        return networks.network(name), networks.batches(name, count=1, batch=3)[0]
+    net, example = onnx_networks.network(name)
+    return net, (example,)
+
+
+@cache
+def exported(name: str, opset: int = 18, dynamo: bool = True, fixed: bool = False) -> Path:
+    """The ONNX file of a network, written once a process: by the newer exporter of torch, or by the older one."""
+    net, data = network(name)
+    path = networks.FOLDER / f"{name}-{opset}-{dynamo}-{fixed}-{os.getpid()}.onnx"
+    data = tuple(t[:1] for t in data) if fixed else data
+    names = [f"in{at}" for at in range(len(data))]
+    if dynamo:
+        shapes = None if fixed else tuple({0: Dim("batch")} for _ in data)
+        options = {"dynamo": True, "verbose": False, "dynamic_shapes": shapes, "external_data": False}
+    else:
+        options = {"dynamo": False, "input_names": names, "dynamic_axes": None if fixed else {n: {0: "batch"} for n in names}}
+    torch.onnx.export(net, data, str(path), opset_version=opset, **options)
+    return path
+
+
+def program(path: Path) -> ExportedProgram:
+    loaded = load_model(path)
+    assert isinstance(loaded, ExportedProgram)
+    return loaded
+
+
+def kinds(captured: Captured) -> list[str]:
+    """The layers, activations and norms of a graph, in order; what is only moved may be spelled in many ways."""
+    found = [graph.op_of(node) for node in captured.module.graph.nodes if node.op == "call_function"]
+    return [op.name for op in found if op.name in COMPUTE | ACTIVATION | MAX_POOL or op.name.endswith(("group_norm", "instance_norm"))]
+
+
+def weights(captured: Captured) -> set[str]:
+    """The names of the weights of layers."""
+    found = {graph.argument(node, graph.op_of(node).weight) for node in captured.module.graph.nodes if node.op == "call_function"}
+    return {graph.tensor_name(node) for node in found if node is not None and node.op == "get_attr"}
+
+
+def layers(net: nn.Module) -> set[str]:
+    """The names that they have in torch."""
+    return {f"{path}.weight" for path, module in net.named_modules() if isinstance(module, _ConvNd | nn.Linear)}
+
+
+def agree(net: nn.Module, loaded: ExportedProgram, data: tuple[Tensor, ...]) -> None:
+    for batch in (data, tuple(torch.cat([t, t.flip(0)])[:5] for t in data)):
+        got, wanted = networks.flat(loaded.module()(*batch)), networks.flat(net(*batch))
+        assert len(got) == len(wanted)
+        for ours, theirs in zip(got, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LIKE_OTHERS else n for n in sorted(ALL)])
+def test_a_network_comes_back_with_its_values_an_open_batch_and_its_layers(name: str):
+    net, data = network(name)
+    loaded = program(exported(name))
+    agree(net, loaded, data)
+    back = capture(loaded, data)
+    assert back.dynamic_batch
+    if name not in ("attention", "vision"):  # attention is one op in torch, and spelled out in ONNX
+        assert kinds(back) == kinds(capture(net, data))
+        assert weights(back) == layers(net)
+
+
+@pytest.mark.parametrize(
+    ("name", "opset", "wanted"),
+    [
+        ("decoder", 18, {"down", "group", "silu", "up", "instance", "act"}),
+        ("squeeze", 18, {"stem", "hardswish", "reduce", "relu", "expand", "hardsigmoid", "mish", "fc"}),
+        ("vision", 18, {"patch", "norm", "norm_1", "attention", "mlp.0", "mlp.1", "mlp.2", "fc"}),
+        ("shuffle", 13, {"stem", "branch.0", "branch.2", "branch.3", "fc"}),
+    ],
+)
+def test_tensors_are_named_after_the_modules_that_the_exporter_noted(name: str, opset: int, wanted: set[str]):
+    captured = capture(program(exported(name, opset, dynamo=opset > 17)), None)
+    assert wanted <= {graph.tensor_name(node) for node in captured.module.graph.nodes}
+
+
+OLDER = [
+    ("attention", 17),
+    ("vision", 17),
+    ("mlp", 11),
+    ("decoder", 11),
+    ("shuffle", 13),
+    ("squeeze", 11),
+    ("residual", 12),
+    ("several", 9),
+]
+
+
+@pytest.mark.parametrize(("name", "opset"), OLDER)
+def test_a_file_of_the_older_exporter_comes_back_too(name: str, opset: int):
+    net, data = network(name)
+    loaded = program(exported(name, opset, dynamo=False))
+    agree(net, loaded, data)
+    back = capture(loaded, data)
+    assert back.dynamic_batch
+    assert [spec.name for spec in back.inputs] == [f"in{at}" for at in range(len(data))]
+    if name != "vision":
+        assert weights(back) == layers(net)
+
+
+@pytest.mark.parametrize(("name", "dynamo"), [("plain", False), ("mixed", False), ("shuffle", True), ("mlp", True)])
+def test_a_fixed_batch_is_opened_where_samples_do_not_mix(name: str, dynamo: bool):
+    net, data = network(name)
+    captured = capture(program(exported(name, 18 if dynamo else 13, dynamo, fixed=True)), tuple(t[:1] for t in data))
+    assert captured.dynamic_batch
+    torch.testing.assert_close(captured.module(*data)[0], net(*data), rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_that_cannot_be_opened_stays_fixed_with_a_note():
+    net, data = network("vision")  # its class token is written for one sample
+    one = tuple(t[:1] for t in data)
+    captured = capture(program(exported("vision", fixed=True)), None)
+    assert not captured.dynamic_batch and "the batch stays fixed at 1" in captured.notes[0]
+    torch.testing.assert_close(captured.module(*one)[0], net(*one), rtol=1e-4, atol=1e-4)
+
+
+def test_other_open_sizes_are_fixed_by_the_example(tmp_path: Path):
+    resize = 'y = Resize<mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor">(x, "", s)'
+    scales = np.array([1, 1, 2, 2], np.float32)
+    path = written(tmp_path / "m.onnx", "float[N, 2, H, W] x", "float[N, 2, H2, W2] y", resize, s=scales)
+    loaded, x = load_model(path), torch.rand(2, 2, 5, 7)
+    assert isinstance(loaded, nn.Module) and not isinstance(loaded, ExportedProgram)
+    captured = capture(loaded, x)
+    assert captured.inputs[0].shape == (None, 2, 5, 7)
+    torch.testing.assert_close(captured.module(x)[0], nn.functional.interpolate(x, scale_factor=2.0))
+
+
+FLOATS = "float[N, 4] x"
+BAD = {
+    "an unknown operator": (
+        "y = Det(x)",
+        18,
+        InputError,
+        ["node 'Det0' (Det, domain ai.onnx, opset 18)", "allowed: Abs, Add, ", "export the model again"],
+    ),
+    "another domain": ("y = com.acme.Relu(x)", 18, InputError, ["node 'Relu0' (Relu, domain com.acme, opset 1)", "not supported"]),
+    "recurrent layers": ("y = GRU<hidden_size=3>(x, x, x)", 18, InputError, ["node 'GRU0' (GRU, domain ai.onnx", "recurrent layers"]),
+    "a quantized file": (
+        "q = QuantizeLinear(x, s, z)\n y = DequantizeLinear(q, s, z)",
+        18,
+        InputError,
+        ["node 'QuantizeLinear0'", "quantized already", "give the float model"],
+    ),
+    "an old opset": ("y = Relu(x)", 6, InputError, ["an opset that is not supported", "found: 6", "allowed: 7 to "]),
+    "an opset of the future": ("y = Relu(x)", 99, InputError, ["found: 99"]),
+    "an unknown attribute": ("y = Relu<speed=3>(x)", 18, InputError, ["node 'Relu0' (Relu, ", "found: speed", "allowed: none"]),
+    "an input from nowhere": ("y = Add(x, nothing)", 18, InputError, ["node 'Add0'", "nothing makes", "'nothing'"]),
+    "a shape from data": (
+        "i = Cast<to=7>(x)\n r = ReduceSum<keepdims=0>(i)\n u = Unsqueeze(r, a)\n y = Reshape(x, u)",
+        18,
+        CaptureError,
+        ["node 'Reshape3' (Reshape, domain ai.onnx, opset 18)", "computed from the values of tensors"],
+    ),
+    "a setting that is not supported": (
+        'y = Resize<mode="linear", antialias=1>(x, "", t)',
+        18,
+        CaptureError,
+        ["node 'Resize0'", "this kind of resizing", "antialias 1"],
+    ),
+    "a second output": ("y, m = Dropout(x)\n n = Not(m)", 18, InputError, ["node 'Dropout0'", "output 1", "allowed: output 0"]),
+    "an input too many": ("y = Relu(x, x)", 18, InputError, ["node 'Relu0'", "input 1", "inputs 0 to 0"]),
+    "shapes that do not fit": (
+        "y = MatMul(x, w)",
+        18,
+        CaptureError,
+        ["node 'MatMul0' (MatMul, ", "cannot be computed", "check the ONNX"],
+    ),
+    "constants that do not fit": ("c = Add(w, v)\n y = Mul(x, c)", 18, InputError, ["node 'Add0'", "cannot be computed"]),
+    "half precision": ("h = Cast<to=10>(x)\n m = Mul(h, k)\n y = Cast<to=1>(m)", 18, InputError, ["not in float32", "FLOAT16 in 'k'"]),
+    "no outputs": ("", 18, InputError, ["returns nothing"]),
+}
+CONSTANTS = {
+    "k": np.float16(2),
+    "s": np.float32(0.5),
+    "z": np.uint8(0),
+    "a": np.array([0]),
+    "t": np.ones(2, np.float32),
+    "w": np.ones((3, 5), np.float32),
+    "v": np.ones((4, 2), np.float32),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_imported_is_refused_with_the_node_and_what_is_supported(tmp_path: Path, name: str):
+    body, opset, kind, words = BAD[name]
+    constants = {k: v for k, v in CONSTANTS.items() if k in body.replace(")", " ").replace(",", " ").replace("(", " ").split()}
+    path = written(tmp_path / "m.onnx", FLOATS, "float[N, M] y" if body else "", body, opset, **constants)
+    with pytest.raises(QDeployError) as caught:
+        load_model(path)
+    message = str(caught.value)
+    assert type(caught.value) is kind, message
+    assert "\n" not in message and str(path) in message
+    assert not [word for word in words if word not in message], message
+
+
+def test_recurrent_modules_are_refused_by_name(tmp_path: Path):
+    path = tmp_path / "m.onnx"
+    torch.onnx.export(onnx_networks.Recurrent().eval(), (torch.rand(2, 5, 4),), str(path), opset_version=17, dynamo=False)
+    with pytest.raises(InputError, match=r"\(LSTM, domain ai.onnx, opset 17\): recurrent layers are not supported"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "short tensor"])
+def test_a_damaged_file_is_refused(tmp_path: Path, damage: str):
+    path = written(tmp_path / "m.onnx", FLOATS, "float[N, 4] y", "y = MatMul(x, w)", w=np.ones((4, 4), np.float32))
+    whole = path.read_bytes()
+    if damage == "short tensor":
+        model = onnx.load(path)
+        model.graph.initializer[0].raw_data = b"\0" * 7
+        onnx.save(model, path)
+    else:
+        path.write_bytes(whole[: len(whole) // 2] if damage == "cut" else whole[:40] + bytes(range(200, 256)) + whole[40:])
+    with pytest.raises(InputError, match="again"):
+        load_model(path)
+
+
+def test_data_beside_the_file_is_read_and_no_other(tmp_path: Path):
+    model = onnx.load(written(tmp_path / "m.onnx", FLOATS, "float[N, 3] y", "y = MatMul(x, w)", w=np.eye(4, 3, dtype=np.float32)))
+    path = tmp_path / "outer" / "m.onnx"
+    path.parent.mkdir()
+    onnx.save(model, path, save_as_external_data=True, location="m.data", size_threshold=0)
+    x = torch.rand(2, 4)
+    torch.testing.assert_close(program(path).module()(x)[0], x[:, :3])
+    (path.parent / "m.data").rename(tmp_path / "m.data")
+    with pytest.raises(InputError, match=r"a file that is missing; found: no 'm.data', which holds the tensor 'w'"):
+        load_model(path)
+    bad = onnx.load(path, load_external_data=False)
+    entry = next(entry for entry in bad.graph.initializer[0].external_data if entry.key == "location")
+    for location in ("../m.data", str(tmp_path / "m.data")):
+        entry.value = location
+        path.write_bytes(bad.SerializeToString())
+        with pytest.raises(InputError, match="a file outside of its folder"):
+            load_model(path)
+
+
+def test_functions_of_the_file_are_inlined(tmp_path: Path):
+    function = '<domain: "own", opset_import: ["" : 18]> twice (a) => (b) { two = Constant<value_float=2.0>()\n b = Mul(a, two) }'
+    path = written(tmp_path / "m.onnx", FLOATS, "float[N, 4] y", "z = own.twice(x)\n y = own.twice(z)", functions=function)
+    x = torch.rand(2, 4)
+    torch.testing.assert_close(program(path).module()(x)[0], 4 * x)
+
+
+def test_inputs_keep_their_names_as_far_as_python_allows(tmp_path: Path):
+    path = written(tmp_path / "m.onnx", "float[N, 4] a, float[N, 4] b, float[N, 4] c", "float[N, 4] y", "z = Add(a, b)\n y = Mul(z, c)")
+    model = onnx.load(path)
+    names = dict(zip("abc", ("input.1", "class", "graph"), strict=True))
+    for value in model.graph.input:
+        value.name = names[value.name]
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+    onnx.save(model, path)
+    a, b, c = torch.rand(3, 2, 4)
+    captured = capture(program(path), (a, b, c))
+    assert [spec.name for spec in captured.inputs] == ["input_1", "class_", "graph"]
+    torch.testing.assert_close(captured.module(a, b, c)[0], (a + b) * c)
+
+
+def test_the_command_line_quantizes_and_verifies_an_onnx_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = exported("mixed")
+    images = torch.cat([batch[0] for batch in networks.batches("mixed")])
+    np.savez(tmp_path / "x.npz", images=images.numpy())
+    with pytest.MonkeyPatch.context() as patch:
+        options = ["--recipe", "plain", "--runtime", "onnxruntime", "--out", str(tmp_path / "out")]
+        patch.setattr("sys.argv", ["qdeploy", "quantize", "--backend", "snpe", str(path), "--data", str(tmp_path / "x.npz"), *options])
+        with pytest.raises(SystemExit) as end:
+            main()
+    shown = capsys.readouterr()
+    assert end.value.code in (0, None), shown.err
+    assert "passed" in shown.out and "exact" in shown.out
+    manifest = (tmp_path / "out" / "qdeploy.json").read_text()
+    assert '"depthwise"' in manifest and '"stem.weight"' in manifest
+
+
+def test_a_quantized_import_is_the_quantized_original():
+    data, made = networks.batches("residual"), []
+    for model in (networks.network("residual"), program(exported("residual"))):
+        example = None if isinstance(model, ExportedProgram) else data[0]
+        made.append(qdeploy.calibrate(qdeploy.prepare(model, example, "onnxruntime", recipe="plain"), data))
+    for batch in data:
+        ours, theirs = (networks.flat(prepared(*batch))[0] for prepared in made)
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.05)
