@@ -96,6 +96,15 @@ def test_what_a_mask_hides_stays_hidden_in_the_simulation(backend: str, hide: fl
     assert qdeploy.verify(artifact, runtime="onnxruntime:none").passed
 
 
+@pytest.mark.parametrize("backend", ["snpe", "vitis"])
+def test_a_quantized_softmax_is_checked_without_the_approximate_kernel_of_onnxruntime(backend: str, tmp_path: Path) -> None:
+    net, data = Attention(causal=True).eval(), sentences()
+    one = qdeploy.calibrate(qdeploy.prepare(net, data[0], backend, recipe="plain"), data)
+    report = qdeploy.verify(qdeploy.convert(one, tmp_path / "out"), runtime="onnxruntime:all", simulation=one)
+    assert report.passed
+    assert min(row.sqnr for row in report.results[2:] if row.sqnr is not None) > 90
+
+
 def test_causal_attention_is_quantized_in_all_its_products() -> None:
     net, data = Attention(causal=True).eval(), sentences()
     one = qdeploy.calibrate(qdeploy.prepare(net, data[0], "snpe", recipe="plain"), data)

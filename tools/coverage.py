@@ -1,6 +1,6 @@
 """Run whole model families with random weights through capture, plan, calibration, emission and verification, for four targets.
 
-    python tools/coverage.py --write docs/coverage.md
+    python tools/coverage.py --results coverage.json
     python tools/coverage.py --only resnet18,vit_tiny --backends snpe
 
 Needs the extra `coverage` (timm, torchvision, transformers). Every family runs in a process of its own, with small inputs of random
