@@ -181,7 +181,7 @@ BAD = {
     "an unknown attribute": ("y = Relu<speed=3>(x)", 18, InputError, ["node 'Relu0' (Relu, ", "found: speed", "allowed: none"]),
     "an input from nowhere": ("y = Add(x, nothing)", 18, InputError, ["node 'Add0'", "nothing makes", "'nothing'"]),
     "a shape from data": (
-        "i = Cast<to=7>(x)\n r = ReduceSum<keepdims=0>(i)\n u = Unsqueeze(r, a)\n y = Reshape(x, u)",
+        "i = Cast<to=7>(x)\n n = ReduceSum<keepdims=0>(i)\n u = Unsqueeze(n, a)\n y = Reshape(x, u)",
         18,
         CaptureError,
         ["node 'Reshape3' (Reshape, domain ai.onnx, opset 18)", "computed from the values of tensors"],
@@ -202,9 +202,16 @@ BAD = {
     ),
     "constants that do not fit": ("c = Add(w, v)\n y = Mul(x, c)", 18, InputError, ["node 'Add0'", "cannot be computed"]),
     "half precision": ("h = Cast<to=10>(x)\n m = Mul(h, k)\n y = Cast<to=1>(m)", 18, InputError, ["not in float32", "FLOAT16 in 'k'"]),
+    "an open batch that the graph closes": (
+        "y = Reshape(x, r)",
+        18,
+        CaptureError,
+        ["with an open batch", "export the ONNX file with a fixed"],
+    ),
     "no outputs": ("", 18, InputError, ["returns nothing"]),
 }
 CONSTANTS = {
+    "r": np.array([2, 4]),
     "k": np.float16(2),
     "s": np.float32(0.5),
     "z": np.uint8(0),

@@ -235,7 +235,6 @@ def _reducing() -> dict[str, Case]:
 
 
 def _shaping() -> dict[str, Case]:
-    picks, cells = whole(2, 4, 10, high=4, low=-4), C(np.array([[0, 1], [1, 3]]))
     return {
         "Shape": case("Shape", X),
         "Shape in part": case("Shape", X, start=1, end=-1),
@@ -264,6 +263,12 @@ def _shaping() -> dict[str, Case]:
         "Slice backwards": case("Slice", R3, i(-1), i(-(2**63)), i(2), i(-1)),
         "Slice backwards by two": case("Slice", R3, i(8), i(1), i(2), i(-2)),
         "Slice 9": case("Slice", R3, starts=[1], ends=[100], axes=[2], opset=9),
+    }
+
+
+def _picking() -> dict[str, Case]:
+    picks, cells = whole(2, 4, 10, high=4, low=-4), C(np.array([[0, 1], [1, 3]]))
+    return {
         "Gather": case("Gather", R3, i(2, 0), axis=1),
         "Gather of one": case("Gather", R3, n(-1, np.int64), axis=2),
         "Gather of a matrix": case("Gather", R3, C(np.array([[0, 2], [1, -1]])), axis=1),
@@ -301,7 +306,7 @@ def _shaping() -> dict[str, Case]:
     }  # fmt: skip
 
 
-CASES = _elementwise() | _layers() | _resizing() | _reducing() | _shaping()
+CASES = _elementwise() | _layers() | _resizing() | _reducing() | _shaping() | _picking()
 
 
 def write(path: Path, made: Case) -> dict[str, np.ndarray]:

@@ -169,9 +169,9 @@ class Builder:
 
         None for layers with weights, which are named after these: exporters note a batch norm where they folded one.
         """
-        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") and node.inputs[1] is not None:
-            if not isinstance(self.made[node.inputs[1]], fx.Node):
-                return None
+        weight = node.inputs[1] if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") else None
+        if weight is not None and not isinstance(self.made[weight], fx.Node):
+            return None
         path = _module(node)
         classes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.class_hierarchy", ""))
         kind = classes[-2] if len(classes) > 1 else "torch.nn.Module" if self.crowd[path] == 1 else ""
