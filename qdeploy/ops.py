@@ -78,6 +78,7 @@ def _table() -> dict[str, Op]:
         add("norm", name)
     add("other", "interpolate", "upsample_nearest2d.vec", "upsample_bilinear2d.vec")
     add("other", "embedding")
+    add("other", "where", "where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
     return table
 
 

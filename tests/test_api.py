@@ -102,7 +102,8 @@ def test_the_users_model_is_not_changed() -> None:
 def test_the_plan_is_printed_with_a_reason_for_every_tensor() -> None:
     prepared = networks.prepared("plain", "tensorrt")
     lines = str(prepared.plan).splitlines()
-    assert lines[0] == f"plan for tensorrt: {len(prepared.plan.quantized)} of {len(prepared.plan.tensors)} tensors quantized"
+    count = f"{len(prepared.plan.quantized)} of {len(prepared.plan.tensors)} tensors quantized"
+    assert lines[0] == f"plan for tensorrt: {count}, 100.0 % of multiply-accumulates"
     assert lines[1].split() == ["tensor", "role", "op", "scheme", "why"]
     assert len(lines) == 2 + len(prepared.plan.tensors) and all(tensor.reason for tensor in prepared.plan.tensors)
 

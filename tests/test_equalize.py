@@ -275,7 +275,7 @@ UNSCALED: dict[str, Callable[[Any, Tensor], Any]] = {
     "division by it": lambda m, x: m.head(x / m.a(x)),
     "a rounded quotient": lambda m, x: m.head(torch.div(m.a(x), 2, rounding_mode="floor")),
     "a channel mixed with others": lambda m, x: m.head(m.a(x).cumsum(1)),
-    "weight of two kinds of reader": lambda m, x: m.head(m.a(x)) * m.a.weight.sum(),
+    "weight of two kinds of reader": lambda m, x: m.head(m.a(x)) * (x.mean() * m.a.weight).sum(),
     "samples told apart by channels": lambda m, x: m.fc(m.a(x).transpose(0, 1).mean((1, 2, 3))),
 }
 
