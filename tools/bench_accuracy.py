@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("accuracy", "time", "depth", "kills"), action="append")
     parser.add_argument("--row", choices=tuple(ROWS), action="append")
     parser.add_argument("--calibration", type=int, default=1024)
+    parser.add_argument("--seed", type=int, default=0, help="of the steps, for rows; the calibration images stay the same")
     parser.add_argument("--iterations", type=int, default=2000, help="of the parts time and depth")
     parser.add_argument("--results", type=Path, help="a JSON file of rows already measured, to which new ones are added")
     parser.add_argument("--write", type=Path)
@@ -103,7 +104,7 @@ def main() -> None:
         return
     zoo = load_zoo(args.zoo)
     chosen: dict[str, Callable[[], str]] = {
-        "accuracy": lambda: accuracy(zoo, args.row or list(ROWS), args.calibration, args.results),
+        "accuracy": lambda: accuracy(zoo, args.row or list(ROWS), args.calibration, args.results, args.seed),
         "time": lambda: step_time(zoo, args.calibration, args.iterations),
         "depth": lambda: depth(zoo, args.iterations),
         "kills": lambda: kills(),
@@ -129,12 +130,12 @@ def calibration_images(zoo: ModuleType, count: int) -> Tensor:
     return chosen
 
 
-def quantized(zoo: ModuleType, row: Row, count: int) -> tuple[Prepared, float]:
+def quantized(zoo: ModuleType, row: Row, count: int, seed: int) -> tuple[Prepared, float]:
     """The calibrated simulation of a row, and the seconds that calibration took."""
     model = model_of(zoo, row)
     images = calibration_images(zoo, count)
     recipe = api_recipe(row.recipe, row.iterations) if row.iterations else row.recipe
-    prepared = api.prepare(model, images[:8], row.backend, recipe, **row.options)
+    prepared = api.prepare(model, images[:8], row.backend, recipe, seed=seed, **row.options)
     start = time.perf_counter()
     batches: Any = torch.split(images, BATCH) if row.data else api.distill_data(model, torch.zeros_like(images[:8]))
     api.calibrate(prepared, batches)
@@ -147,7 +148,7 @@ def top1(module: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * float((scores.argmax(1) == labels).double().mean())
 
 
-def accuracy(zoo: ModuleType, names: list[str], count: int, results: Path | None) -> str:
+def accuracy(zoo: ModuleType, names: list[str], count: int, results: Path | None, seed: int) -> str:
     """The table of accuracies; rows that `results` has already are taken from there."""
     known: dict[str, Any] = json.loads(results.read_text()) if results is not None and results.is_file() else {}
     images, labels = zoo.data("val")
@@ -158,7 +159,7 @@ def accuracy(zoo: ModuleType, names: list[str], count: int, results: Path | None
             continue
         if row.network not in floats:
             floats[row.network] = top1(zoo.load(row.network), images, labels)
-        prepared, seconds = quantized(zoo, row, count)
+        prepared, seconds = quantized(zoo, row, count, seed)
         log = [f"{e['step']} {e['gain']:+.2f} dB" + ("" if e["decision"] == "kept" else f" ({e['decision']})") for e in prepared.log]
         known[name] = {
             "float": floats[row.network],
@@ -178,7 +179,7 @@ def accuracy(zoo: ModuleType, names: list[str], count: int, results: Path | None
         recipe = row.recipe + (f", {row.iterations} iterations" if row.iterations else "")
         figures = [f"{got['float']:.2f}%", f"{got['top1']:.2f}%", f"{got['float'] - got['top1']:+.2f}", bar, f"{got['seconds']:.0f}"]
         rows.append([name, network, row.backend, bits, recipe, *figures, got["steps"]])
-    title = f"### Accuracy by recipe\n\n{count} calibration images, {len(images)} validation images. (`--part accuracy`)"
+    title = f"### Accuracy by recipe\n\n{count} calibration images, {len(images)} validation images, seed {seed}. (`--part accuracy`)"
     return f"{title}\n\n{table(rows)}"
 
 
