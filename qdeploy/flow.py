@@ -154,11 +154,11 @@ class Flow:
         end = self._order[nodes[-1]]
         enters = sorted({source for node in nodes for source in self._needs[node] if source not in inside}, key=self._order.__getitem__)
         leaves = tuple(node for node in nodes if self._last.get(node, -1) > end)
-        wanted: set[fx.Node] = set()
+        given, wanted = set(enters), set[fx.Node]()
         waiting = list(leaves)
         while waiting:
             node = waiting.pop()
-            if node not in wanted and node not in enters:
+            if node not in wanted and node not in given:
                 wanted.add(node)
                 waiting += node.all_input_nodes
         return tuple(enters), sorted(wanted, key=self._order.__getitem__), leaves

@@ -94,13 +94,12 @@ def soften_masks(module: fx.GraphModule) -> int:
                 node.meta["masked"] = True
                 count += 1
         elif node.op == "call_function" and graph.is_float(node):
-            carried = any(source.meta.get("masked") for source in node.all_input_nodes)
-            hidden = [position for position, argument in enumerate(node.args) if _hides(argument)]
-            if hidden and graph.op_of(node).name in _MAKES_MASKS:
-                for position in hidden:
-                    node.update_arg(position, MASK)
-                count += 1
-            if (hidden and graph.op_of(node).name in _MAKES_MASKS) or (carried and graph.op_of(node).name in _HANDS_ON_MASKS):
+            name = graph.op_of(node).name
+            hidden = [position for position, argument in enumerate(node.args) if _hides(argument)] if name in _MAKES_MASKS else []
+            for position in hidden:
+                node.update_arg(position, MASK)
+            count += bool(hidden)
+            if hidden or (name in _HANDS_ON_MASKS and any("masked" in source.meta for source in node.all_input_nodes)):
                 node.meta["masked"] = True
     module.recompile()
     return count

@@ -123,7 +123,7 @@ def run(family: Family, backends: list[str], until: str, step: Step, result: dic
     api.calibrate_all(several, batches)
     if until == "calibrate":
         return
-    result["verify"], result["missing"], result["sqnr"] = {}, {}, {}
+    result["verify"], result["sqnr"] = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for one in several:
             name = one.backend.name
