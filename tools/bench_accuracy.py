@@ -53,6 +53,8 @@ class Row:
     data: bool = True
     iterations: int = 0
     """Of the last step, where it is not the recipe's own number."""
+    seeds: int = 1
+    """Runs with seeds from 0 on, of which the mean counts: with few bits one run has a standard deviation of 0.3 points."""
 
 
 def widths(weight: int, activation: int) -> dict[str, Any]:
@@ -61,9 +63,9 @@ def widths(weight: int, activation: int) -> dict[str, Any]:
 
 
 ROWS = {
-    "resnet20-w4a4": Row("resnet20", "academic", "qdrop", 0.9, widths(4, 4)),
-    "resnet20-w2a4": Row("resnet20", "academic", "qdrop", 3.0, widths(2, 4)),
-    "resnet20-w4a8": Row("resnet20", "academic", "qdrop", 0.1, widths(4, 8)),
+    "resnet20-w4a4": Row("resnet20", "academic", "qdrop", 0.9, widths(4, 4), seeds=3),
+    "resnet20-w2a4": Row("resnet20", "academic", "qdrop", 3.0, widths(2, 4), seeds=3),
+    "resnet20-w4a8": Row("resnet20", "academic", "qdrop", 0.1, widths(4, 8), seeds=3),
     "resnet20-w2a4-long": Row("resnet20", "academic", "qdrop", 3.0, widths(2, 4), iterations=4000),
     "resnet20-w4a8-long": Row("resnet20", "academic", "qdrop", 0.1, widths(4, 8), iterations=4000),
     "resnet20-w4a4-long": Row("resnet20", "academic", "qdrop", 0.9, widths(4, 4), iterations=4000),
@@ -94,7 +96,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("accuracy", "time", "depth", "kills"), action="append")
     parser.add_argument("--row", choices=tuple(ROWS), action="append")
     parser.add_argument("--calibration", type=int, default=1024)
-    parser.add_argument("--seed", type=int, default=0, help="of the steps, for rows; the calibration images stay the same")
+    parser.add_argument("--seed", type=int, help="of the steps, for rows, in place of each row's own; the images stay the same")
     parser.add_argument("--iterations", type=int, default=2000, help="of the parts time and depth")
     parser.add_argument("--results", type=Path, help="a JSON file of rows already measured, to which new ones are added")
     parser.add_argument("--write", type=Path)
@@ -148,39 +150,47 @@ def top1(module: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * float((scores.argmax(1) == labels).double().mean())
 
 
-def accuracy(zoo: ModuleType, names: list[str], count: int, results: Path | None, seed: int) -> str:
-    """The table of accuracies; rows that `results` has already are taken from there."""
+def accuracy(zoo: ModuleType, names: list[str], count: int, results: Path | None, seed: int | None) -> str:
+    """The table of accuracies; runs that `results` has already are taken from there."""
     known: dict[str, Any] = json.loads(results.read_text()) if results is not None and results.is_file() else {}
     images, labels = zoo.data("val")
     floats: dict[str, float] = {}
+    rows = [["row", "network", "target", "bits", "recipe", "float", "quantized", "drop", "by seed", "bar", "seconds", "steps"]]
     for name in names:
         row = ROWS[name]
-        if name in known:
-            continue
         if row.network not in floats:
             floats[row.network] = top1(zoo.load(row.network), images, labels)
-        prepared, seconds = quantized(zoo, row, count, seed)
-        log = [f"{e['step']} {e['gain']:+.2f} dB" + ("" if e["decision"] == "kept" else f" ({e['decision']})") for e in prepared.log]
-        known[name] = {
-            "float": floats[row.network],
-            "top1": top1(prepared, images, labels),
-            "seconds": seconds,
-            "steps": ", ".join(log),
-        }
-        print(name, known[name], file=sys.stderr, flush=True)
-        if results is not None:
-            results.write_text(json.dumps(known, indent=1))
-    rows = [["row", "network", "target", "bits", "recipe", "float", "quantized", "drop", "bar", "seconds", "steps"]]
-    for name in names:
-        row, got = ROWS[name], known[name]
-        bits = f"W{row.options.get('weight_bits', 8)}A{row.options.get('activation_bits', 8)}"
-        network = row.network + (", ill-conditioned" if row.ill else "") + ("" if row.data else ", no data")
-        bar = "" if row.bar is None else f"<= {row.bar:.1f}"
-        recipe = row.recipe + (f", {row.iterations} iterations" if row.iterations else "")
-        figures = [f"{got['float']:.2f}%", f"{got['top1']:.2f}%", f"{got['float'] - got['top1']:+.2f}", bar, f"{got['seconds']:.0f}"]
-        rows.append([name, network, row.backend, bits, recipe, *figures, got["steps"]])
-    title = f"### Accuracy by recipe\n\n{count} calibration images, {len(images)} validation images, seed {seed}. (`--part accuracy`)"
+        seeds = range(row.seeds) if seed is None else (seed,)
+        for one in seeds:
+            if f"{name} {one}" not in known:
+                known[f"{name} {one}"] = measured(zoo, row, count, one, images, labels)
+                print(name, one, known[f"{name} {one}"], file=sys.stderr, flush=True)
+                if results is not None:
+                    results.write_text(json.dumps(known, indent=1))
+        rows.append(accuracy_row(name, floats[row.network], [known[f"{name} {one}"] for one in seeds]))
+    seeded = "seed 0, or the mean of seeds from 0 on" if seed is None else f"seed {seed}"
+    title = f"### Accuracy by recipe\n\n{count} calibration images, {len(images)} validation images, {seeded}. (`--part accuracy`)"
     return f"{title}\n\n{table(rows)}"
+
+
+def measured(zoo: ModuleType, row: Row, count: int, seed: int, images: Tensor, labels: Tensor) -> dict[str, Any]:
+    """One run of a row."""
+    prepared, seconds = quantized(zoo, row, count, seed)
+    log = [f"{e['step']} {e['gain']:+.2f} dB" + ("" if e["decision"] == "kept" else f" ({e['decision']})") for e in prepared.log]
+    return {"top1": top1(prepared, images, labels), "seconds": seconds, "steps": ", ".join(log)}
+
+
+def accuracy_row(name: str, floating: float, runs: list[dict[str, Any]]) -> list[str]:
+    """The line of the table for the runs of a row; seconds are the mean of one run, steps those of the first."""
+    row = ROWS[name]
+    bits = f"W{row.options.get('weight_bits', 8)}A{row.options.get('activation_bits', 8)}"
+    network = row.network + (", ill-conditioned" if row.ill else "") + ("" if row.data else ", no data")
+    recipe = row.recipe + (f", {row.iterations} iterations" if row.iterations else "")
+    made = statistics.mean(run["top1"] for run in runs)
+    each = ", ".join(f"{floating - run['top1']:+.2f}" for run in runs) if len(runs) > 1 else ""
+    bar = "" if row.bar is None else f"<= {row.bar:.1f}"
+    figures = [f"{floating:.2f}%", f"{made:.2f}%", f"{floating - made:+.2f}", each, bar]
+    return [name, network, row.backend, bits, recipe, *figures, f"{statistics.mean(r['seconds'] for r in runs):.0f}", runs[0]["steps"]]
 
 
 def float_pass(model: nn.Module, images: Tensor) -> float:
@@ -282,28 +292,46 @@ def api_recipe(name: str, iterations: int) -> Any:
 
 def depth(zoo: ModuleType, iterations: int) -> str:
     """Time and memory of a reconstruction against the depth of the network, with random weights."""
-    rows = [["layers", "blocks", "reconstruction", "seconds a block", "peak memory"]]
+    rows = [["layers", "blocks", "reconstruction", "seconds a block", "memory before", "peak in reconstruction", "more by"]]
     for blocks in (3, 9, 18):
         script = [sys.executable, __file__, "--zoo", str(zoo.__file__), "--part", "depth"]
         environment = os.environ | {"BENCH_DEPTH": str(blocks), "BENCH_ITERATIONS": str(iterations)}
         done = subprocess.run(script, env=environment, capture_output=True, text=True, check=True)
-        seconds, count, peak = json.loads(done.stdout.splitlines()[-1])
-        rows.append([str(6 * blocks + 2), str(count), f"{seconds:.1f} s", f"{seconds / count:.2f}", f"{peak / 1024:.0f} MiB"])
-    title = f"### Reconstruction against depth\n\nqdrop, W4A4, {iterations} iterations, 256 images, random weights. (`--part depth`)"
-    return f"{title}\n\n{table(rows)}"
+        seconds, count, before, peak = json.loads(done.stdout.splitlines()[-1])
+        memory = [f"{before} MiB", f"{peak} MiB", f"{peak - before} MiB"]
+        rows.append([str(6 * blocks + 2), str(count), f"{seconds:.1f} s", f"{seconds / count:.2f}", *memory])
+    what = f"qdrop, W4A4, {iterations} iterations, 256 images, random weights. (`--part depth`)"
+    means = "Memory is that of the process, when the first block begins and at its highest until the last has ended."
+    return f"### Reconstruction against depth\n\n{what} {means}\n\n{table(rows)}"
 
 
 def depth_child(zoo: ModuleType, blocks: int, iterations: int) -> None:
-    """Print seconds, blocks and peak memory of one depth."""
-    import resource
+    """Print seconds, blocks, and memory in MiB before reconstruction and at its peak, of one depth; needs Linux."""
+    from qdeploy import blockwise
 
     torch.manual_seed(0)
     model = zoo.ResNetCifar(blocks).eval()
     images = calibration_images(zoo, 256)
     prepared = api.prepare(model, images[:8], "academic", api_recipe("qdrop", iterations), **widths(4, 4))
+    before: list[int] = []
+    step = blockwise._Walk.step
+
+    def watched(walk: Any, number: int, region: Any) -> None:
+        if not before:
+            before.append(resident("VmRSS"))
+            Path("/proc/self/clear_refs").write_text("5")  # from here on the peak counts anew
+        step(walk, number, region)
+
+    blockwise._Walk.step = watched  # type: ignore[method-assign]
     api.calibrate(prepared, torch.split(images, BATCH))
     (entry,) = [e for e in prepared.log if e["step"] == "qdrop"]
-    print(json.dumps([entry["seconds"], int(entry["reason"].split()[0]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+    print(json.dumps([entry["seconds"], int(entry["reason"].split()[0]), before[0], resident("VmHWM")]))
+
+
+def resident(kind: str) -> int:
+    """Resident memory of this process in MiB, now (`VmRSS`) or at its highest (`VmHWM`)."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind)]
+    return int(line.split()[1]) // 1024
 
 
 def kills() -> str:
