@@ -60,6 +60,7 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Tensor | Sequenc
     _own_parameters(module)
     simplify.fold_constants(module)
     simplify.drop_nothing_ops(module)
+    simplify.drop_expands(module)
     simplify.loosen_views(module)
     simplify.infer_batch(module)
     simplify.soften_masks(module)

@@ -246,7 +246,7 @@ def _fresh_copy(exported: ir.Model, prepared: Prepared) -> ir.Model:
         assert raw is not None
         if raw.name in model.graph.initializers:
             values = graph.parameter(prepared.module, _text(marker, "tensor")).detach().cpu().numpy()
-            raw.const_value = ir.tensor(np.ascontiguousarray(values), name=raw.name)
+            raw.const_value = ir.tensor(np.array(values, order="C"), name=raw.name)
     return model
 
 

@@ -14,6 +14,8 @@ from qdeploy.observer import MASK
 from qdeploy.ops import MOVE
 
 _NOTHING = ("alias", "clone", "contiguous", "detach", "dropout", "feature_dropout", "lift_fresh_copy")
+_RESHAPES = frozenset({"reshape", "squeeze", "expand"})
+"""They do nothing where the shape stays."""
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar")
 """What the exporter leaves of a cast to the same dtype: it makes nothing, but would count as a reader."""
 _NEUTRAL = {"mul": 1, "div": 1, "add": 0, "sub": 0}
@@ -24,6 +26,9 @@ _MAKES_MASKS = frozenset({"full", "full_like", "scalar_tensor", "masked_fill", "
 _HANDS_ON_MASKS = (
     frozenset({"add", "where", "masked_fill", "mul", "minimum", "maximum", "to", "_to_copy", "index", "triu", "tril"}) | MOVE
 )
+_FILLED = frozenset({"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"})
+"""They take no value of their first argument, its shape or its dtype only."""
+_BROADCASTS = frozenset({"add", "sub", "rsub", "mul", "div", "pow", "maximum", "minimum", "where"})
 _END = 2**63 - 1
 """What a slice to the end of a dimension has for its end."""
 
@@ -35,8 +40,7 @@ def drop_nothing_ops(module: fx.GraphModule) -> int:
         if node.op != "call_function":
             continue
         if _is_nothing(node):
-            (source,) = node.all_input_nodes
-            node.replace_all_uses_with(source)
+            node.replace_all_uses_with(node.all_input_nodes[0])
         elif graph.op_of(node).name not in _CHECKS:
             continue
         module.graph.erase_node(node)
@@ -116,8 +120,8 @@ def fold_constants(module: fx.GraphModule) -> int:
         for node in module.graph.nodes:
             if node.op == "get_attr":
                 known[node] = graph.parameter(module, str(node.target))
-            elif node.op == "call_function" and all(source in known for source in node.all_input_nodes) and _repeats(node):
-                args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+            elif node.op == "call_function" and all(source in known for source in _decisive(node)) and _repeats(node):
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: known[source] if source in known else _blank(source))
                 known[node] = node.target(*args, **kwargs)
     fetched: dict[tuple[object, ...], fx.Node] = {}
     for node, made in known.items():
@@ -132,6 +136,54 @@ def fold_constants(module: fx.GraphModule) -> int:
         node.replace_all_uses_with(fetched[key])
     graph.finish(module)
     return len(fetched)
+
+
+def _decisive(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values decide what `node` makes."""
+    made, sources = node.meta.get("val"), node.all_input_nodes
+    if graph.op_of(node).name in _FILLED and isinstance(made, Tensor) and all(isinstance(size, int) for size in made.shape):
+        return [source for source in sources if source is not node.args[0]]
+    return sources
+
+
+def _blank(node: fx.Node) -> Tensor:
+    """A tensor of the shape and dtype of `node`, without values; of size 0 where it is open."""
+    made = graph.value(node)
+    assert isinstance(made, Tensor)
+    return torch.empty([size if isinstance(size, int) else 0 for size in made.shape], dtype=made.dtype)
+
+
+def drop_expands(module: fx.GraphModule) -> int:
+    """Remove an `expand` whose readers all broadcast by themselves to the same shape, as exporters do: it is no tensor of a target."""
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and graph.op_of(node).name == "expand" and all(_widens(user, node) for user in node.users):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+            count += 1
+    graph.finish(module)
+    return count
+
+
+def _widens(user: fx.Node, node: fx.Node) -> bool:
+    """Whether `user` makes the shape of `node` also out of its other tensors."""
+    if user.op != "call_function" or graph.op_of(user).name not in _BROADCASTS:
+        return False
+    return any(_same_shape(other, node) for other in user.all_input_nodes if other is not node)
+
+
+def _same_shape(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two nodes make tensors of one shape, with the same symbols where it is open."""
+    shapes = [made.shape if isinstance(made := graph.value(node), Tensor) else None for node in (one, other)]
+    return None not in shapes and str(shapes[0]) == str(shapes[1])
+
+
+def _in_order(node: fx.Node) -> bool:
+    """Whether a permutation leaves all dimensions where they are."""
+    given = node.args[1:]
+    if str(node.target) == "aten.permute.default" and isinstance(given[0], list | tuple):
+        return list(given[0]) == list(range(len(given[0])))
+    return str(node.target) == "aten.transpose.int" and given[0] == given[1]
 
 
 def _repeats(node: fx.Node) -> bool:
@@ -173,6 +225,10 @@ def _is_nothing(node: fx.Node) -> bool:
         return start in (None, 0) and end in (None, _END) and step in (None, 1)
     if name == "concat" and str(node.target) == "aten.cat.default":
         return len(node.all_input_nodes) == 1 and isinstance(node.args[0], list | tuple) and len(node.args[0]) == 1
+    if name == "transpose":
+        return _in_order(node)
+    if name in _RESHAPES:
+        return _same_shape(node, node.all_input_nodes[0])
     if name in _NEUTRAL and len(node.args) == 2 and not node.kwargs and not isinstance(node.args[1], fx.Node | bool):
         same = [getattr(graph.value(n), "dtype", None) for n in (node, *node.all_input_nodes)]
         return bool(node.args[1] == _NEUTRAL[name]) and len(set(same)) == 1

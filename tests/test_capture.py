@@ -322,13 +322,15 @@ def test_frozen_parameters_stay_frozen_when_a_batch_norm_is_folded_in():
     assert_computes(captured.module, model, (images(3),), 1e-5)
 
 
-@pytest.mark.parametrize("given", ["dropout", "clone", "everything sliced", "part sliced", "checks"])
+@pytest.mark.parametrize("given", ["dropout", "clone", "everything sliced", "part sliced", "checks", "in order", "same shape"])
 def test_simplifying_counts_what_it_drops_and_changes_no_number(given: str):
     compute, expected = {
         "dropout": (lambda x: torch.ops.aten.dropout(torch.ops.aten.dropout(x, 0.5, False), 0.5, True) * 0 + x, 1),
         "clone": (lambda x: torch.ops.aten.detach(torch.ops.aten.clone(x)) + 1, 2),
         "everything sliced": (lambda x: torch.ops.aten.slice(torch.ops.aten.slice(x, 1, 0, None), 2, None, 2**63 - 1) + 1, 2),
         "part sliced": (lambda x: torch.ops.aten.slice(torch.ops.aten.slice(x, 1, 1, 2**63 - 1), 3, 0, 2**63 - 1, 3), 0),
+        "in order": (lambda x: torch.ops.aten.permute(torch.ops.aten.transpose(x, 2, 2), [0, 1, 2, 3]).transpose(2, 3) + 1, 2),
+        "same shape": (lambda x: torch.ops.aten.expand(x.reshape(-1, 3, 8, 8), [-1, 3, -1, -1]).reshape(-1, 192) + 1, 2),
         "checks": (lambda x: (torch.ops.aten._assert_tensor_metadata(x), x + 1)[1], 1),
     }[given]
     traced = make_fx(compute, pre_dispatch=True)(images(2))

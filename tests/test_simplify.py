@@ -142,6 +142,55 @@ def test_a_weight_that_is_computed_in_the_graph_is_quantized_as_one() -> None:
     assert torch.allclose(one(x), net(x), atol=1e-5)
 
 
+class Shifted(nn.Module):
+    """What shifted windows compute from shapes and numbers alone: a mask that is filled slice by slice. And a learned number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.gain = nn.Linear(8, 8), nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = x.new_zeros((6, 6))
+        mask[:4, :4], mask[4:, 4:] = 1, 2
+        mask = (mask.flatten()[:6].unsqueeze(0) - mask[0].unsqueeze(1)).ne(0)
+        scores = torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask, -100.0)
+        return torch.softmax(self.fc(x) @ x.transpose(1, 2) * self.gain + scores, -1)
+
+
+def test_what_follows_from_shapes_alone_is_a_constant() -> None:
+    captured = capture(Shifted().eval(), torch.randn(2, 6, 8)).module
+    made = [graph.op_of(node).name for node in captured.graph.nodes if node.op == "call_function"]
+    assert sorted(made) == ["add", "linear", "matmul", "mul", "softmax", "transpose"]
+
+
+@pytest.mark.parametrize("backend", TARGETS)
+def test_a_mask_of_shapes_and_a_learned_number_are_emitted(backend: str, tmp_path: Path) -> None:
+    x = torch.randn(8, 6, 8)
+    assert qdeploy.quantize(Shifted().eval(), [x], backend, tmp_path / "out", recipe="plain").manifest["verify"]["passed"]
+
+
+class Spread(nn.Module):
+    """Linear attention: one vector for a whole image, made as wide as what it multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key, self.value = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        value = self.value(x)
+        context = self.key(x).mean((2, 3), keepdim=True)
+        return value * context.expand_as(value), context.expand(-1, -1, 2, 2) * context.expand(-1, -1, 2, 2)
+
+
+@pytest.mark.parametrize("backend", TARGETS)
+def test_what_spreads_by_itself_needs_no_tensor_for_it(backend: str, tmp_path: Path) -> None:
+    net, x = Spread().eval(), torch.randn(8, 3, 6, 6)
+    captured = capture(net, x).module
+    assert [graph.op_of(node).name for node in captured.graph.nodes].count("expand") == 1  # that of two small ones
+    assert all(torch.allclose(made, wanted, atol=1e-6) for made, wanted in zip(captured(x), net(x), strict=True))
+    assert qdeploy.quantize(net, [x], backend, tmp_path / "out", recipe="plain").manifest["verify"]["passed"]
+
+
 class Tokens(nn.Module):
     """A learned token before all others, and one table of numbers that two ops read in two places each."""
 

@@ -28,8 +28,18 @@ class Family:
 
 
 def images(size: int, channels: int = 3) -> Callable[[int, int], tuple[Tensor, ...]]:
-    """Batches of random images."""
-    return lambda batch, seed: (torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(seed)),)
+    """Batches of random images: coarse patterns of various contrast under noise.
+
+    Of noise alone every image has the same mean features, and batch norms then blow up what little differs.
+    """
+
+    def make(batch: int, seed: int) -> tuple[Tensor, ...]:
+        random = torch.Generator().manual_seed(seed)
+        coarse = F.interpolate(torch.randn(batch, channels, 4, 4, generator=random), size=(size, size), mode="bicubic")
+        contrast = 0.5 + 2 * torch.rand(batch, 1, 1, 1, generator=random)
+        return (contrast * coarse + 0.3 * torch.randn(batch, channels, size, size, generator=random),)
+
+    return make
 
 
 def tokens(length: int, vocabulary: int, mask: bool = True) -> Callable[[int, int], tuple[Tensor, ...]]:
