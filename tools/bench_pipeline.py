@@ -27,9 +27,12 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from qdeploy import api, emit
+from qdeploy import api, emit, fold, graph
 from qdeploy.artifact import Artifact
 from qdeploy.backend import backends
+from qdeploy.capture import capture
+from qdeploy.insert import insert_quantizers
+from qdeploy.plan import Widths, make_plan
 from qdeploy.runtimes import find_runtime
 
 NETWORKS = ("resnet20", "mobilenetv2")
@@ -45,7 +48,7 @@ def main() -> None:
     """Run the chosen parts and print or write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zoo", type=Path, required=True)
-    parser.add_argument("--part", choices=("accuracy", "time", "memory", "speed"), action="append")
+    parser.add_argument("--part", choices=("accuracy", "time", "memory", "speed", "depth"), action="append")
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--backends", default=",".join(backends.names()))
     parser.add_argument("--ways", default=",".join(WAYS), help="runtimes, as NAME or NAME:VARIANT")
@@ -68,6 +71,7 @@ def main() -> None:
         "time": lambda: calibration_time(zoo, networks, args.calibration),
         "memory": lambda: memory(args.zoo, networks),
         "speed": lambda: speed(zoo, networks, args.calibration),
+        "depth": lambda: depth(zoo),
     }
     for part, run in chosen.items():
         if not args.part or part in args.part:
@@ -248,6 +252,33 @@ def speed(zoo: ModuleType, networks: list[str], count: int) -> str:
         f"### Speed and size of the emitted file\n\nOne thread, batch {BATCH}, in turn with the float ONNX of the same network.\n\n"
         + table(rows)
     )
+
+
+def depth(zoo: ModuleType) -> str:
+    """Seconds of capture, of folding and planning, and of insertion against the number of layers, on one core."""
+    rows = [["layers", "nodes", "capture", "folding and planning", "insertion", "capture a layer", "the others a layer"]]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for blocks in (3, 9, 18, 25, 33):
+        layers, laps = 6 * blocks + 2, []
+        model = zoo.ResNetCifar(blocks).eval()
+        for _ in range(3):
+            start = time.perf_counter()
+            module = capture(model, torch.zeros(2, 3, 32, 32)).module
+            captured = time.perf_counter()
+            fold.fold_batch_norms(module)
+            fold.plain_batch_norms(module)
+            plan = make_plan(module, api.find_backend("snpe"), Widths())
+            planned = time.perf_counter()
+            copy = graph.copy(module, own_parameters=True)
+            insert_quantizers(copy, plan)
+            laps.append((captured - start, planned - captured, time.perf_counter() - planned))
+        one, two, three = (statistics.median(lap[part] for lap in laps) for part in range(3))
+        each = [f"{1e3 * one / layers:.1f} ms", f"{1e3 * (two + three) / layers:.2f} ms"]
+        rows.append([str(layers), str(len(copy.graph.nodes)), f"{one:.2f} s", f"{two:.2f} s", f"{three:.2f} s", *each])
+    torch.set_num_threads(threads)
+    title = "### Capture and planning against depth\n\nResidual networks with random weights, target snpe, one core, medians of 3 runs."
+    return f"{title} (`--part depth`)\n\n{table(rows)}"
 
 
 def open_onnxruntime(path: Path, images: object) -> Callable[[], object]:
