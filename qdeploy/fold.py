@@ -247,9 +247,14 @@ def _bypass(norm: fx.Node, layer: fx.Node) -> None:
 
 
 def _free_path(module: fx.GraphModule, path: str) -> str:
-    names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-    free, count = path, 0
-    while free in names:
+    """`path`, or with a number behind it where something has that name."""
+    owner, _, name = path.rpartition(".")
+    try:
+        holder = module.get_submodule(owner)
+    except AttributeError:
+        return path
+    free, count = name, 0
+    while hasattr(holder, free):
         count += 1
-        free = f"{path}_{count}"
-    return free
+        free = f"{name}_{count}"
+    return f"{owner}.{free}".lstrip(".")
