@@ -272,7 +272,8 @@ def convert(prepared: Prepared, out: str | Path, file_format: str | None = None)
         written = form.write(emitted(files[artifact.MODEL], encodings))
         assert tuple(written) == form.files, f"{backend.name}: {tuple(written)}"
         files |= {name: text.encode() for name, text in written.items()}
-    files[artifact.REFERENCE] = artifact.npz(_reference(prepared))
+    reference = _reference(prepared)
+    files[artifact.REFERENCE] = artifact.npz(reference)
     manifest = {
         "schema": artifact.SCHEMA,
         "qdeploy": __version__,
@@ -286,7 +287,7 @@ def convert(prepared: Prepared, out: str | Path, file_format: str | None = None)
         "seed": prepared.seed,
         "calibration_samples": prepared.samples_seen,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")},
-        "notes": [*prepared.captured.notes, *note],
+        "notes": [*prepared.captured.notes, *note, *prepared.warnings(reference)],
         "float_bytes": float_bytes,
         "inputs": [asdict(spec) for spec in prepared.captured.inputs],
         "outputs": emit.output_names(prepared.captured.module),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from qdeploy import graph
 from qdeploy.backend import Backend
 from qdeploy.capture import Captured
 from qdeploy.errors import InputError
@@ -89,6 +92,16 @@ class Prepared(nn.Module):
         with torch.no_grad():
             return [t for t in pytree.tree_leaves(self(*inputs)) if isinstance(t, Tensor)]
 
+    def warnings(self, reference: Mapping[str, NDArray[Any]]) -> list[str]:
+        """What the user should know of the outputs in `reference`: where inf or NaN begin in the simulation."""
+        if all(np.isfinite(array).all() for name, array in reference.items() if name.startswith("simulated.")):
+            return []
+        watched = _Watched(self.module)
+        for batch in self.reference:
+            with torch.no_grad(), suppress(FloatingPointError):
+                watched.run(*batch)
+        return [f"the simulation makes inf or NaN, first in {watched.found}; a divisor may have been rounded to zero"]
+
     @contextmanager
     def mode(self, mode: Mode) -> Iterator[None]:
         """Run all quantizers in `mode` within the block."""
@@ -138,6 +151,19 @@ class Prepared(nn.Module):
             room = len(batch[0]) if not self.reference else 0
         if room > 0:
             self.reference.append(tuple(t[:room].detach().clone() for t in batch))
+
+
+class _Watched(fx.Interpreter):
+    """Runs a graph up to the first floating-point tensor that holds inf or NaN; `FloatingPointError` there."""
+
+    found: str | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        made = super().run_node(n)
+        if isinstance(made, Tensor) and made.is_floating_point() and not bool(made.isfinite().all()):
+            self.found = f"'{graph.tensor_name(n)}' ({graph.op_of(n).name})"
+            raise FloatingPointError
+        return made
 
 
 def check_batch(batch: Sequence[Tensor], specs: Sequence[TensorSpec]) -> None:

@@ -151,6 +151,26 @@ def test_outputs_that_are_not_finite_are_a_fault_and_plain_json(value: float) ->
     assert json.dumps([result.sqnr, result.max_steps], allow_nan=False) == "[-999.0, null]"
 
 
+class Normalized(nn.Module):
+    """What linear attention ends in: a division by a sum that is far smaller than what shares its scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.fc.weight.data, self.fc.bias.data = torch.diag(torch.tensor([9.0, 9.0, -9.0, 1e-4])), torch.zeros(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = torch.relu(self.fc(x))
+        return made[:, :3] / made[:, 3:]
+
+
+def test_a_divisor_that_is_rounded_to_zero_is_named_in_the_notes(tmp_path: Path) -> None:
+    x = torch.rand(16, 4, generator=torch.Generator().manual_seed(0)) + 0.1
+    artifact = qdeploy.quantize(Normalized(), [x], "snpe", tmp_path / "out", recipe="plain")
+    assert any("first in 'div' (div)" in note for note in artifact.manifest["notes"])
+    assert not artifact.manifest["verify"]["passed"]
+
+
 class Recorder:
     """A runtime that takes batches of 4 and tells what it is given."""
 
