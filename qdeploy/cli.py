@@ -86,9 +86,10 @@ def quantize(
     """Quantize MODEL for a target or several, write the artifacts, and verify them on the runtimes that are installed."""
     from qdeploy import api, artifact
     from qdeploy.files.data import open_data
+    from qdeploy.targets import find_backends
 
     screen = Screen(as_json, quiet)
-    targets = api.find_backends(backend)
+    targets = find_backends(backend)
     places = [out / target.name if len(targets) > 1 else out for target in targets]
     for target, place in zip(targets, places, strict=True):
         target.choose_format(file_format)
@@ -237,8 +238,9 @@ def inspect(
 ) -> None:
     """Print the plan: how each tensor of MODEL is quantized for a target, or why it is not."""
     from qdeploy import api
+    from qdeploy.targets import find_backend
 
-    target = api.find_backend(backend)
+    target = find_backend(backend)
     loaded, specs = arguments.load(model, arch, allow_pickle, input_shape, data)
     with hushed():
         prepared = api.prepare(

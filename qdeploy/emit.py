@@ -16,14 +16,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import onnxscript
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.export import Dim
 
-from qdeploy import __version__, arith, artifact, graph
+from qdeploy import arith, artifact, edges, graph
 from qdeploy.backend import Format
 from qdeploy.capture import Captured
 from qdeploy.errors import CaptureError
@@ -35,41 +34,11 @@ from qdeploy.prepared import Prepared
 from qdeploy.quantizer import Average
 from qdeploy.spec import Encoding
 
-_IR_VERSION = 10
 _KEEP = (MOVE | MAX_POOL) - {"pad"}
 """Ops whose outputs are some of their inputs' values."""
 _OUTPUT = "<output>"
-_Opset = onnxscript.values.Opset(DOMAIN, 1)
-_schema = onnx.defs.OpSchema
-_MARKER = onnxscript.values.Op(
-    _Opset,
-    "edge",
-    _schema(
-        "edge",
-        DOMAIN,
-        1,
-        inputs=[_schema.FormalParameter("x", "T")],
-        outputs=[_schema.FormalParameter("y", "T")],
-        type_constraints=[("T", ["tensor(float)"], "")],
-        attributes=[
-            _schema.Attribute("tensor", _schema.AttrType.STRING, "the name of x"),
-            _schema.Attribute("reader", _schema.AttrType.STRING, "who reads it"),
-        ],
-    ),
-)
 _exported: WeakKeyDictionary[fx.GraphModule, dict[int, ir.Model]] = WeakKeyDictionary()
 """The exports of each captured graph, by opset."""
-
-
-@torch.library.custom_op("qdeploy::edge", mutates_args=())
-def edge(x: Tensor, tensor: str, reader: str) -> Tensor:
-    """A marker: `x`, the tensor called `tensor`, on its way to `reader`."""
-    return x.clone()
-
-
-@edge.register_fake
-def _(x: Tensor, tensor: str, reader: str) -> Tensor:
-    return torch.empty_like(x)
 
 
 def files(prepared: Prepared, form: Format, encodings: Sequence[Encoding]) -> tuple[dict[str, bytes], int, list[str]]:
@@ -120,10 +89,7 @@ def _export(captured: Captured, opset: int) -> ir.Model:
             raise CaptureError("torch.onnx.export cannot translate the model", found=f"{type(cause).__name__}: {cause}") from error
     assert program is not None
     model = program.model
-    _clean(model)
-    _untie(model)
-    _name(model, output_names(captured.module))
-    _name_nodes(model)
+    edges.settle(model, output_names(captured.module))
     return model
 
 
@@ -150,7 +116,7 @@ def output_names(module: fx.GraphModule) -> list[str]:
     for node in graph.outputs(module.graph):
         name = graph.tensor_name(node)
         alias = name in names or node.op != "call_function"
-        names.append(_fresh(f"{name}_output", taken) if alias else name)
+        names.append(edges.fresh(f"{name}_output", taken) if alias else name)
     return names
 
 
@@ -160,7 +126,7 @@ def float_view(exported: ir.Model, prepared: Prepared, clip: Sequence[Encoding] 
     for encoding in clip:
         if encoding.role != "activation":
             _confine(model.graph.initializers[encoding.tensor], encoding)
-    for marker in _markers(model):
+    for marker in edges.find(model):
         _bypass(model, marker)
     model.opset_imports.pop(DOMAIN, None)
     return model
@@ -169,16 +135,16 @@ def float_view(exported: ir.Model, prepared: Prepared, clip: Sequence[Encoding] 
 def qdq_view(exported: ir.Model, prepared: Prepared, encodings: Sequence[Encoding], literal: bool = True) -> ir.Model:
     """The simulation in ONNX; without `literal` in standard operators only, which round half to even and divide averages exactly."""
     model = _fresh_copy(exported, prepared)
-    taken = {str(named.name) for named in (*_values(model), *model.graph)}
+    taken = {str(named.name) for named in (*edges.values(model), *model.graph)}
     lowering = Lowering(model, taken, literal)
     by_name = {encoding.tensor: encoding for encoding in encodings}
     planned = {tensor.tensor: tensor for tensor in prepared.plan.quantized}
     groups: dict[str, list[ir.Node]] = {}
-    for marker in _markers(model):
-        groups.setdefault(_text(marker, "tensor"), []).append(marker)
+    for marker in edges.find(model):
+        groups.setdefault(edges.text(marker, "tensor"), []).append(marker)
     for tensor, markers in groups.items():
         readers = planned[tensor].readers if tensor in planned else ()
-        quantized = [m for m in markers if _text(m, "reader") in readers]
+        quantized = [m for m in markers if edges.text(m, "reader") in readers]
         for marker in markers:
             if marker not in quantized:
                 _bypass(model, marker)
@@ -217,7 +183,7 @@ def _lower(
 def _bypass(model: ir.Model, marker: ir.Node) -> None:
     raw = marker.inputs[0]
     assert raw is not None
-    _replace(model, marker, raw, _text(marker, "tensor"))
+    _replace(model, marker, raw, edges.text(marker, "tensor"))
 
 
 def _replace(model: ir.Model, marker: ir.Node, value: ir.Value, tensor: str) -> None:
@@ -241,11 +207,11 @@ def _replace(model: ir.Model, marker: ir.Node, value: ir.Value, tensor: str) -> 
 def _fresh_copy(exported: ir.Model, prepared: Prepared) -> ir.Model:
     """A copy of an export with the parameters of `prepared`."""
     model = exported.clone()
-    for marker in _markers(model):
+    for marker in edges.find(model):
         raw = marker.inputs[0]
         assert raw is not None
         if raw.name in model.graph.initializers:
-            values = graph.parameter(prepared.module, _text(marker, "tensor")).detach().cpu().numpy()
+            values = graph.parameter(prepared.module, edges.text(marker, "tensor")).detach().cpu().numpy()
             raw.const_value = ir.tensor(np.array(values, order="C"), name=raw.name)
     return model
 
@@ -264,15 +230,11 @@ def _confine(value: ir.Value, encoding: Encoding) -> None:
 
 def _translations(module: fx.GraphModule) -> dict[Callable[..., Any], Callable[..., Any]]:
     """What the exporter must translate our way: the marker, and adaptive pooling, which it would spell with strides and Gather."""
-    table: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.qdeploy.edge.default: _marker}
+    table: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.qdeploy.edge.default: edges.translate}
     pools = [n for n in module.graph.nodes if str(n.target) == "aten.adaptive_avg_pool2d.default"]
     if pools and all(list(n.args[1]) == [1, 1] for n in pools):
         table[torch.ops.aten.adaptive_avg_pool2d.default] = _global_average_pool
     return table
-
-
-def _marker(x: Any, tensor: str, reader: str) -> Any:
-    return _MARKER(x, tensor=tensor, reader=reader)
 
 
 def _global_average_pool(x: Any, output_size: Any) -> Any:
@@ -291,107 +253,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _clean(model: ir.Model) -> None:
-    """Drop metadata: stack traces name files of the machine at hand."""
-    model.producer_name, model.producer_version, model.ir_version = "qdeploy", __version__, _IR_VERSION
-    model.doc_string = None
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.graph.name, model.graph.doc_string = "main", None
-    for node in model.graph:
-        node.metadata_props.clear()
-        node.doc_string = None
-    for value in _values(model):
-        value.metadata_props.clear()
-        value.doc_string = None
-
-
-def _markers(model: ir.Model) -> list[ir.Node]:
-    return [node for node in model.graph if node.domain == DOMAIN and node.op_type == "edge"]
-
-
-def _text(marker: ir.Node, attribute: str) -> str:
-    return marker.attributes[attribute].as_string()
-
-
-def _untie(model: ir.Model) -> None:
-    """Part again what the exporter merged because it is equal, where the parts have encodings of their own."""
-    owners: dict[int, str] = {}
-    parts: dict[tuple[int, str], ir.Value] = {}
-    for marker in _markers(model):
-        raw, name = marker.inputs[0], _text(marker, "tensor")
-        assert raw is not None and raw.name is not None
-        if owners.setdefault(id(raw), name) == name:
-            continue
-        if (id(raw), name) not in parts:
-            parts[id(raw), name] = _part(model, marker, raw, f"{raw.name}/{name}")
-        marker.replace_input_with(0, parts[id(raw), name])
-
-
-def _part(model: ir.Model, marker: ir.Node, raw: ir.Value, name: str) -> ir.Value:
-    """A copy of `raw` called `name`, made before `marker`."""
-    if raw.name in model.graph.initializers:
-        assert raw.const_value is not None
-        own = ir.Value(name=name, shape=raw.shape, type=raw.type, const_value=raw.const_value)
-        model.graph.register_initializer(own)
-        return own
-    copy = ir.node("Identity", [raw])
-    model.graph.insert_before(marker, [copy])
-    own = copy.outputs[0]
-    own.name, own.shape, own.type = name, raw.shape, raw.type
-    return own
-
-
-def _values(model: ir.Model) -> list[ir.Value]:
-    return [*model.graph.inputs, *model.graph.initializers.values(), *(v for node in model.graph for v in node.outputs)]
-
-
-def _fresh(name: str, taken: set[str]) -> str:
-    """`name`, with a number where it is taken; from now on it is."""
-    free, count = name, 0
-    while free in taken:
-        count += 1
-        free = f"{name}_{count}"
-    taken.add(free)
-    return free
-
-
-def _name(model: ir.Model, outputs: Sequence[str]) -> None:
-    """Give marked tensors their names and the outputs theirs; move others out of the way."""
-    targets = {id(value): value.name or "" for value in model.graph.inputs}
-    made = {id(value): name for value, name in zip(model.graph.outputs, outputs, strict=True)}
-    markers = [(_text(marker, "tensor"), _text(marker, "reader"), marker.inputs[0], marker.outputs[0]) for marker in _markers(model)]
-    taken = {*targets.values(), *outputs, *(tensor for tensor, _, _, _ in markers)}
-    for tensor, reader, raw, result in markers:
-        targets.setdefault(id(raw), tensor)
-        targets[id(result)] = made.get(id(result)) or _fresh(f"{tensor}>{reader}", taken)
-    values = _values(model)
-    for value in values:
-        if id(value) not in targets and value.name in taken:
-            targets[id(value)] = _fresh(f"{value.name}_unnamed", taken)
-    for value in values:
-        if id(value) in targets and value.name != targets[id(value)]:
-            _rename(model, value, targets[id(value)])
-
-
-def _rename(model: ir.Model, value: ir.Value, name: str) -> None:
-    if value.name is not None and model.graph.initializers.get(value.name) is value:
-        del model.graph.initializers[value.name]
-        value.name = name
-        model.graph.initializers[name] = value
-    else:
-        value.name = name
-
-
-def _name_nodes(model: ir.Model) -> None:
-    """Name every node after its tensor, where that has a name of ours, or by its op and place."""
-    ours = {_text(marker, "tensor") for marker in _markers(model)}
-    taken = set(ours)
-    for index, node in enumerate(model.graph):
-        made = str(node.outputs[0].name)
-        node.name = made if made in ours else _fresh(f"{node.op_type}_{index}", taken)
 
 
 def to_bytes(model: ir.Model) -> bytes:

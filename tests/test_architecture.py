@@ -25,9 +25,9 @@ LEVELS = (
     ("arith", "observer", "histogram", "candidates", "recipe", "rounding", "quantizer"),
     ("graph", "channels", "simplify", "capture", "fold", "plan", "ties", "insert", "watch", "prepared"),
     ("flow", "regions", "algorithm", "reconstruct", "blockwise", "distill", "cookbook", "tuning", "onepass"),
-    ("functions", "lower", "onnxfile", "artifact", "emit", "runtimes", "verification"),
+    ("functions", "lower", "onnxfile", "artifact", "edges", "emit", "runtimes", "verification"),
     ("importing", "files"),
-    ("api", "screen", "arguments", "cli"),
+    ("targets", "api", "screen", "arguments", "cli"),
 )
 ORDER = [name for level in LEVELS for name in level]
 ENGINE = sorted((ROOT / "qdeploy").rglob("*.py"))

@@ -27,6 +27,7 @@ from qdeploy.insert import observed
 from qdeploy.observer import Observer, make_observer
 from qdeploy.prepared import Prepared
 from qdeploy.spec import QuantSpec
+from qdeploy.targets import find_backends, with_schemes
 from qdeploy.watch import watched
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
@@ -136,7 +137,7 @@ def test_nothing_is_begun_where_one_target_has_no_place(tmp_path: Path) -> None:
 )
 def test_a_list_of_targets_that_is_wrong_is_an_error(given: object, words: str) -> None:
     with pytest.raises(OptionError, match=words):
-        api.find_backends(given)  # type: ignore[arg-type]
+        find_backends(given)  # type: ignore[arg-type]
 
 
 def test_names_and_values_and_files_make_a_list(tmp_path: Path) -> None:
@@ -145,11 +146,11 @@ def test_names_and_values_and_files_make_a_list(tmp_path: Path) -> None:
         "from dataclasses import replace\nfrom qdeploy.backend import backends, register\n"
         "MINE = register(replace(backends['tvm'], name='mine'))\n"
     )
-    assert [b.name for b in api.find_backends(f" snpe ,{own},tvm")] == ["snpe", "mine", "tvm"]
-    assert api.find_backends((backends["snpe"], "tvm")) == (backends["snpe"], backends["tvm"])
+    assert [b.name for b in find_backends(f" snpe ,{own},tvm")] == ["snpe", "mine", "tvm"]
+    assert find_backends((backends["snpe"], "tvm")) == (backends["snpe"], backends["tvm"])
     twice = [str(own), str(own)]
     with pytest.raises(OptionError, match="backend 'mine' is named twice"):
-        api.find_backends(twice)
+        find_backends(twice)
 
 
 def test_only_what_was_prepared_together_is_calibrated_together() -> None:
@@ -276,7 +277,7 @@ def free() -> Backend:
     ],
 )
 def test_schemes_are_chosen_in_words(weight: str | None, activation: str | None, specs: tuple[str, str]) -> None:
-    chosen = api.with_schemes(free(), weight, activation)
+    chosen = with_schemes(free(), weight, activation)
     assert (chosen.weight.describe(), chosen.activation.describe()) == specs
     data = networks.batches("plain")
     prepared = qdeploy.prepare(networks.network("plain"), data[0], free(), "fast", weight_scheme=weight, activation_scheme=activation)
@@ -317,7 +318,7 @@ def test_schemes_are_chosen_in_words(weight: str | None, activation: str | None,
 )
 def test_a_scheme_that_there_is_not_is_an_error(target: str, weight: str | None, activation: str | None, words: str) -> None:
     with pytest.raises(OptionError, match=words):
-        api.with_schemes(free() if target == "free" else backends[target], weight, activation)
+        with_schemes(free() if target == "free" else backends[target], weight, activation)
 
 
 @pytest.mark.parametrize("backend", [b.name for b in backends if not b.any_scheme])
@@ -326,10 +327,10 @@ def test_every_scheme_of_a_target_can_be_chosen_and_is_what_the_error_lists(back
     widths = target.weight_bits if target.weight.linear else (target.weight.bits,)
     schemes = [replace(spec, bits=bits) if spec.linear else spec for spec in (target.weight, *target.weight_schemes) for bits in widths]
     for spec in schemes:
-        assert api.with_schemes(target, spec.describe(), target.activation.describe()).weight == spec
+        assert with_schemes(target, spec.describe(), target.activation.describe()).weight == spec
     other = next(spec for spec in map(QuantSpec.parse, ("int13 power-of-two", "int13 dpu")) if spec not in schemes)
     with pytest.raises(OptionError) as caught:
-        api.with_schemes(target, other.describe(), None)
+        with_schemes(target, other.describe(), None)
     assert f"allowed: {', '.join(spec.describe() for spec in schemes)};" in str(caught.value)
 
 
