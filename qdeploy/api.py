@@ -19,22 +19,24 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from qdeploy import __version__, artifact, emit, fold, graph, tuning
+from qdeploy import __version__, artifact, emit, fold, graph, outputs, tuning
 from qdeploy.algorithm import Tell, silent
 from qdeploy.artifact import Artifact
 from qdeploy.backend import Backend
 from qdeploy.capture import Captured, capture
 from qdeploy.cookbook import find_recipe
+from qdeploy.dimensions import Dynamic
 from qdeploy.distill import distill
 from qdeploy.errors import InputError, OptionError
 from qdeploy.flow import run
 from qdeploy.insert import insert_quantizers
 from qdeploy.observer import Observer
-from qdeploy.onepass import Batch, make_observers, observe, observer_of
+from qdeploy.onepass import make_observers, observe, observer_of
 from qdeploy.onnxfile import emitted
 from qdeploy.plan import Plan, Widths, make_plan
 from qdeploy.prepared import Prepared
 from qdeploy.recipe import Recipe
+from qdeploy.signature import Batch
 from qdeploy.targets import Target, Targets, find_backend, find_backends, with_schemes
 from qdeploy.verification import Report, verify_artifact
 
@@ -57,6 +59,7 @@ class Options(TypedDict, total=False):
     seed: int
     weight_scheme: str | None
     activation_scheme: str | None
+    dynamic: Dynamic | None
 
 
 def prepare(
@@ -70,16 +73,19 @@ def prepare(
     seed: int = 0,
     weight_scheme: str | None = None,
     activation_scheme: str | None = None,
+    dynamic: Dynamic | None = None,
 ) -> Prepared:
     """Capture `model`, fold its batch norms, plan for `backend` and insert the quantizers; `model` itself is not changed.
 
-    `example_inputs` is a tensor or a tuple of tensors with any batch size (None for an ExportedProgram). `first_last_bits` is the
-    weight width of the first and the last layer. The schemes are words such as "int4 symmetric per-channel", for backends that
-    leave the choice. Raises `CaptureError`, `OptionError` or `InputError`.
+    `example_inputs` is a tensor, a tuple of tensors or a mapping from input names to tensors, with any batch size (None for an
+    ExportedProgram). `first_last_bits` is the weight width of the first and the last layer. The schemes are words such as "int4
+    symmetric per-channel", for backends that leave the choice. `dynamic` names further dimensions whose size may vary, such as
+    `{"x": {2: "height", 3: "width"}}`; see `qdeploy.dimensions`. Raises `CaptureError`, `OptionError` or `InputError`.
     """
     widths = Widths(weight=weight_bits, activation=activation_bits, first_last=first_last_bits)
     target = with_schemes(find_backend(backend), weight_scheme, activation_scheme)
-    return _prepare(model, example_inputs, (target,), recipe, widths, seed)[0]
+    chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
+    return _prepare(capture(model, example_inputs, dynamic), (target,), chosen, widths, seed)[0]
 
 
 def prepare_all(
@@ -91,27 +97,21 @@ def prepare_all(
     widths = Widths(
         weight=options.get("weight_bits"), activation=options.get("activation_bits"), first_last=options.get("first_last_bits")
     )
-    return _prepare(model, example_inputs, targets, options.get("recipe", "default"), widths, options.get("seed", 0))
-
-
-def _prepare(
-    model: nn.Module | ExportedProgram,
-    example_inputs: Batch | None,
-    targets: tuple[Backend, ...],
-    recipe: str | Recipe,
-    widths: Widths,
-    seed: int,
-) -> tuple[Prepared, ...]:
+    recipe = options.get("recipe", "default")
     chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
-    captured = capture(model, example_inputs)
+    captured = capture(model, example_inputs, options.get("dynamic"))
+    return _prepare(captured, targets, chosen, widths, options.get("seed", 0))
+
+
+def _prepare(captured: Captured, targets: tuple[Backend, ...], recipe: Recipe, widths: Widths, seed: int) -> tuple[Prepared, ...]:
     fold.fold_batch_norms(captured.module)
     fold.plain_batch_norms(captured.module)
-    if any(step.needs_biases for step in tuning.made_steps(chosen)):
+    if any(step.needs_biases for step in tuning.made_steps(recipe)):
         fold.add_biases(captured.module)
     fold.untie_biases(captured.module)
     shared: dict[object, Observer] = {}
     plans = [make_plan(captured.module, target, widths) for target in targets]
-    return tuple(_prepared(captured, plan, target, chosen, seed, shared) for plan, target in zip(plans, targets, strict=True))
+    return tuple(_prepared(captured, plan, target, recipe, seed, shared) for plan, target in zip(plans, targets, strict=True))
 
 
 def _prepared(
@@ -195,7 +195,7 @@ def distill_data(
 
     Raises `InputError` where the model has none.
     """
-    captured = capture(model, example_inputs)
+    captured = capture(model, example_inputs, {})  # images have the sizes of the example
     return distill(captured.module, captured.inputs, samples, seed, tell=tell)
 
 
@@ -234,7 +234,7 @@ def convert(prepared: Prepared, out: str | Path, file_format: str | None = None)
         "notes": [*prepared.captured.notes, *note, *prepared.warnings(reference)],
         "float_bytes": float_bytes,
         "inputs": [asdict(spec) for spec in prepared.captured.inputs],
-        "outputs": emit.output_names(prepared.captured.module),
+        "outputs": outputs.names(prepared.captured.module),
         "tie_free": prepared.plan.tie_free,
         "planned": [tensor.tensor for tensor in prepared.plan.quantized],
         "float": {tensor.tensor: tensor.reason for tensor in prepared.plan.tensors if tensor.spec is None},
@@ -337,7 +337,7 @@ def _reference(prepared: Prepared) -> artifact.Arrays:
     """The kept samples with what the float model and the simulation make of them."""
     inputs = [torch.cat(parts) for parts in zip(*prepared.reference, strict=True)]
     arrays = {f"input.{spec.name}": t.numpy() for spec, t in zip(prepared.captured.inputs, inputs, strict=True)}
-    names = emit.output_names(prepared.captured.module)
+    names = outputs.names(prepared.captured.module)
     size = prepared.batch_size
     for label, module in (("float", prepared.captured.module), ("simulated", prepared.module)):
         arrays |= {f"{label}.{name}": t.numpy() for name, t in zip(names, run(module, inputs, size), strict=True)}

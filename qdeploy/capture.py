@@ -5,21 +5,24 @@ Nothing of the user's model is changed: the captured graph has parameters of its
 
 from __future__ import annotations
 
-import inspect
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from qdeploy import graph, simplify
+from qdeploy import dimensions, graph, outputs, simplify
+from qdeploy.dimensions import Dynamic
 from qdeploy.errors import CaptureError, InputError
+from qdeploy.signature import Batch, Call, ordered
 from qdeploy.spec import TensorSpec, show_shape
 
 
@@ -38,25 +41,28 @@ class Captured:
         return any(spec.shape and spec.shape[0] is None for spec in self.inputs)
 
 
-def capture(model: nn.Module | ExportedProgram, example_inputs: Tensor | Sequence[Tensor] | None) -> Captured:
-    """Capture `model`; `example_inputs` is a tensor or a tuple of them, with any batch size, or None for an ExportedProgram.
+def capture(model: nn.Module | ExportedProgram, example_inputs: Batch | None, dynamic: Dynamic | None = None) -> Captured:
+    """Capture `model`; `example_inputs` has any batch size, and is None for an ExportedProgram.
 
-    Raises `CaptureError` with the user's line where `torch.export` fails.
+    `dynamic` names dimensions beyond the batch that stay open; without it, those that the model's own file leaves open do, as far as
+    they can. Raises `CaptureError` with the user's line where `torch.export` fails.
     """
     if not isinstance(model, nn.Module | ExportedProgram):
         raise InputError("the model is no nn.Module and no ExportedProgram", found=type(model).__name__)
-    example = _example(model, example_inputs)
     notes: list[str] = []
     if isinstance(model, ExportedProgram):
-        program = model if _is_dynamic(model) else _make_dynamic(model, example, notes)
+        example, program, opened = _from_program(model, example_inputs, dynamic, notes)
     else:
-        program = _export(model, example)
+        call = _call(model, example_inputs)
+        program, opened = _from_module(model, call, dynamic, notes)
+        example = call.tensors
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, while it copies its programs
         program = program.run_decompositions(simplify.DECOMPOSITIONS)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
-    _check_outputs(module)
+    outputs.check(module)
+    _by_place(module)
     _own_parameters(module)
     simplify.fold_constants(module)
     simplify.drop_nothing_ops(module)
@@ -64,36 +70,94 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Tensor | Sequenc
     simplify.loosen_views(module)
     simplify.infer_batch(module)
     simplify.soften_masks(module)
-    _name_tensors(module)
-    inputs = tuple(_input_spec(node) for node in module.graph.find_nodes(op="placeholder"))
-    if example_inputs is not None:
-        _check_example(example, inputs)
+    placeholders = module.graph.find_nodes(op="placeholder")
+    if len(placeholders) != len(opened):
+        other = next(node.name for node in placeholders if node.name not in opened)
+        raise InputError(f"input '{other}' of the model is no tensor", action="export it with tensors only")
+    _name_tensors(module, tuple(opened))
+    inputs = tuple(_input_spec(node, found) for node, found in zip(placeholders, opened.values(), strict=True))
+    if not isinstance(model, ExportedProgram):
+        _check_used(module, call)
     return Captured(module=module, inputs=inputs, example=example, notes=tuple(notes))
 
 
-def _example(model: nn.Module | ExportedProgram, given: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+def _from_module(
+    model: nn.Module, call: Call, dynamic: Dynamic | None, notes: list[str]
+) -> tuple[ExportedProgram, dict[str, dict[int, str]]]:
+    """The program of a module, and its open dimensions."""
+    left = model.meta.get(dimensions.MARK) if isinstance(model, fx.GraphModule) else None
+    if dynamic is None and left:  # by a file: a wish, and no promise
+        try:
+            return _from_module(model, call, left, notes)
+        except (CaptureError, InputError) as error:
+            notes.append(f"sizes that the file leaves open are those of the example: {error}")
+    wanted = dynamic or {}
+    dimensions.check(wanted, call.names, call.tensors)
+    program = _export(model, call, wanted)
+    opened = dimensions.named(_inputs(program), call.names, wanted)
+    beyond = {name: {d: size for d, size in found.items() if d} for name, found in opened.items()}
+    if wanted:
+        dimensions.prove(program, call, beyond)
+    return program, opened
+
+
+def _from_program(
+    model: ExportedProgram, given: Batch | None, dynamic: Dynamic | None, notes: list[str]
+) -> tuple[tuple[Tensor, ...], ExportedProgram, dict[str, dict[int, str]]]:
+    """An example for a program, the program with an open batch, and its open dimensions."""
+    nodes = _inputs(model)
+    names = [node.name for node in nodes]
+    own = tuple(_like(node) for node in nodes)
+    dimensions.check(dynamic or {}, names, own)
+    opened = dimensions.named(nodes, names, dynamic or {})
+    for name, wanted in (dynamic or {}).items():
+        for dimension, size in wanted.items():
+            if dimension not in opened[name]:
+                what = f"the exported program does not leave '{size}' open (dimension {dimension} of input '{name}')"
+                raise CaptureError(
+                    what, found=list(own[names.index(name)].shape), action="export it with this dimension in dynamic_shapes"
+                )
+    example = own
+    if given is not None:
+        example = _tensors(ordered(given, names, "the example"))
+        _check_example(example, [_input_spec(node, found) for node, found in zip(nodes, opened.values(), strict=True)])
+        if any(t.shape[d] == 1 for name, t in zip(names, example, strict=True) for d in opened[name]):
+            example = own  # what is exported again takes a size of 1 for a constant
+    if _is_dynamic(model):
+        return example, model, opened
+    program = _make_dynamic(model, example, opened, notes)
+    return example, program, dimensions.named(_inputs(program), names, opened)
+
+
+def _call(model: nn.Module, given: Batch | None) -> Call:
     if given is None:
-        if not isinstance(model, ExportedProgram):
-            raise InputError("example inputs are missing", action="give a tensor or a tuple of tensors as example_inputs")
-        return tuple(_like(node) for node in _inputs(model))
-    if not isinstance(given, Tensor | Sequence):
-        raise InputError("example inputs are no tensors", found=type(given).__name__, action="give a tensor or a tuple of tensors")
-    tensors = (given,) if isinstance(given, Tensor) else tuple(given)
+        raise InputError("example inputs are missing", action="give a tensor, a tuple of tensors or a mapping from names to tensors")
+    if not isinstance(given, Tensor | Sequence | Mapping):
+        action = "give a tensor, a tuple of tensors or a mapping from names to tensors"
+        raise InputError("example inputs are no tensors", found=type(given).__name__, action=action)
+    _tensors(given.values() if isinstance(given, Mapping) else ordered(given, ()))
+    call = Call.of(model, given)
+    # torch.export takes a batch of 1 for a constant, so the example has at least 2.
+    return call.changed(lambda _, t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t.clone())
+
+
+def _tensors(given: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """`given` as a tuple, checked."""
+    tensors = tuple(given)
     for position, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             found = type(tensor).__name__
             raise InputError(f"example input {position} is no tensor", found=found, action="give torch tensors")
     if not tensors:
         raise InputError("example inputs are empty", action="give at least one tensor")
-    if isinstance(model, ExportedProgram):
-        return tensors
-    # torch.export takes a batch of 1 for a constant, so the example has at least 2.
-    return tuple(torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t.clone() for t in tensors)
+    return tensors
 
 
 def program_inputs(program: ExportedProgram) -> tuple[TensorSpec, ...]:
     """The inputs of an exported program."""
-    return tuple(_input_spec(node) for node in _inputs(program))
+    nodes = _inputs(program)
+    opened = dimensions.named(nodes, [node.name for node in nodes], {})
+    return tuple(_input_spec(node, found) for node, found in zip(nodes, opened.values(), strict=True))
 
 
 def _inputs(program: ExportedProgram) -> list[fx.Node]:
@@ -105,7 +169,8 @@ def _like(node: fx.Node) -> Tensor:
     made = node.meta["val"]
     if not isinstance(made, Tensor):
         raise InputError(f"input '{node.name}' of the exported program is no tensor", found=type(made).__name__)
-    shape = [size if isinstance(size, int) else 2 for size in made.shape]
+    # a size that is open has the number that it was exported with, where that is known
+    shape = [size if isinstance(size, int) else max(size.node.hint or 2, 2) for size in made.shape]
     if made.dtype.is_floating_point:
         return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=made.dtype)
     return torch.zeros(shape, dtype=made.dtype)
@@ -118,13 +183,16 @@ def _is_dynamic(program: ExportedProgram) -> bool:
     )
 
 
-def _export(model: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
-    shapes = tuple({0: Dim("batch")} if t.dim() else None for t in example)
+def _export(model: nn.Module, call: Call, dynamic: Dynamic) -> ExportedProgram:
+    def shape(name: str, tensor: Tensor) -> dict[int, Any] | None:
+        more = {dimension: Dim.DYNAMIC for dimension in dynamic.get(name, {}) if dimension}
+        return {0: Dim(dimensions.BATCH)} | more if tensor.dim() else None
+
     try:
         with torch.no_grad(), _inference(model):
-            return torch.export.export(model, example, dynamic_shapes=_nest(shapes, model), strict=False)
+            return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=call.map(shape), strict=False)
     except Exception as error:  # the user's own forward runs here and may raise anything
-        raise _explain(error) from error
+        raise dimensions.explained(error, dynamic) or _explain(error) from error
 
 
 @contextmanager
@@ -142,15 +210,6 @@ def _inference(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _nest(shapes: tuple[object, ...], model: nn.Module) -> tuple[object, ...]:
-    """What a forward takes as `*args` has its dynamic shapes in one nested tuple."""
-    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL not in kinds:
-        return shapes
-    first = kinds.index(inspect.Parameter.VAR_POSITIONAL)
-    return (*shapes[:first], shapes[first:]) if len(shapes) > first else shapes
-
-
 def _explain(error: Exception) -> CaptureError:
     """The error with the last line of it that is neither torch's nor ours."""
     ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -164,19 +223,21 @@ def _explain(error: Exception) -> CaptureError:
     )
 
 
-def _make_dynamic(program: ExportedProgram, example: tuple[Tensor, ...], notes: list[str]) -> ExportedProgram:
+def _make_dynamic(program: ExportedProgram, example: tuple[Tensor, ...], opened: Dynamic, notes: list[str]) -> ExportedProgram:
     """`program` with a dynamic batch, where its graph computes the same for two samples at once; else unchanged, with a note."""
     single = program.module(check_guards=False)
     assert isinstance(single, fx.GraphModule)
+    _by_place(single)
     other = tuple(t.flip(tuple(range(t.dim()))) / 2 if t.is_floating_point() and t.dim() else t for t in example)
     doubled = tuple(torch.cat(pair) if pair[0].dim() else pair[0] for pair in zip(example, other, strict=True))
     try:
-        dynamic = _export(single, doubled)
+        call = Call.of(single, doubled)
+        dynamic = _export(single, call, dict(zip(call.names, opened.values(), strict=True)))
         both = pytree.tree_leaves(dynamic.module(check_guards=False)(*doubled))
         halves = [pytree.tree_leaves(single(*half)) for half in (example, other)]
         wanted = [torch.cat(pair) for pair in zip(*halves, strict=True)]
         same = all(b.shape == w.shape and torch.allclose(b, w, rtol=1e-4, atol=1e-5) for b, w in zip(both, wanted, strict=True))
-    except (CaptureError, RuntimeError, TypeError, IndexError):
+    except (CaptureError, InputError, RuntimeError, TypeError, IndexError):
         same = False
     if same:
         return dynamic
@@ -185,10 +246,24 @@ def _make_dynamic(program: ExportedProgram, example: tuple[Tensor, ...], notes: 
     return program
 
 
-def _check_outputs(module: fx.GraphModule) -> None:
-    made = graph.outputs(module.graph)
-    if not made or not any(graph.is_float(node) for node in made):
-        raise CaptureError("the model returns no floating-point tensor", action="return the tensors to be deployed")
+def _by_place(module: fx.GraphModule) -> None:
+    """Make `module` take its inputs one after the other, also those that were exported as keywords."""
+    codegen = module.graph._codegen
+    assert isinstance(codegen, fx.graph._PyTreeCodeGen)
+    info = codegen.pytree_info
+    names = [node.name for node in module.graph.find_nodes(op="placeholder")]
+    codegen.pytree_info = info._replace(orig_args=names, in_spec=pytree.tree_structure((tuple(names), {})))
+    module._in_spec = codegen.pytree_info.in_spec
+    module.recompile()
+
+
+def _check_used(module: fx.GraphModule, call: Call) -> None:
+    """`InputError` for a named input that forward took among `**more` and did not use: most likely it is misspelled."""
+    for node, name in zip(module.graph.find_nodes(op="placeholder"), call.names, strict=True):
+        if name in call.kwargs and name not in call.declared and not node.users:
+            near = get_close_matches(name, call.declared, n=1)
+            action = f"did you mean '{near[0]}'?" if near else "leave it out"
+            raise InputError(f"the model does not use the input '{name}'", allowed=", ".join(sorted(call.declared)), action=action)
 
 
 def _check_example(example: Sequence[Tensor], inputs: Sequence[TensorSpec]) -> None:
@@ -205,13 +280,14 @@ def _check_example(example: Sequence[Tensor], inputs: Sequence[TensorSpec]) -> N
             raise InputError(f"input '{spec.name}' has the wrong shape", found=list(tensor.shape), allowed=show_shape(spec.shape))
 
 
-def _input_spec(node: fx.Node) -> TensorSpec:
+def _input_spec(node: fx.Node, opened: Mapping[int, str]) -> TensorSpec:
     made = node.meta["val"]
     if not isinstance(made, Tensor):
         found = type(made).__name__
         raise InputError(f"input '{node.name}' of the model is no tensor", found=found, action="export it with tensors only")
     shape = tuple(size if isinstance(size, int) else None for size in made.shape)
-    return TensorSpec(name=graph.tensor_name(node), shape=shape, dtype=str(made.dtype).removeprefix("torch."))
+    dtype = str(made.dtype).removeprefix("torch.")
+    return TensorSpec(name=graph.tensor_name(node), shape=shape, dtype=dtype, open=tuple(opened.values()))
 
 
 def _own_parameters(module: fx.GraphModule) -> None:
@@ -224,12 +300,21 @@ def _own_parameters(module: fx.GraphModule) -> None:
                 owner._buffers[name] = buffer.detach().clone()
 
 
-def _name_tensors(module: fx.GraphModule) -> None:
-    """Give every tensor the path of the module that makes it; `.op` is added where the module is the user's own."""
+def _name_tensors(module: fx.GraphModule, inputs: Sequence[str]) -> None:
+    """Give every tensor the path of the module that makes it; `.op` is added where the module is the user's own.
+
+    Inputs have the names `inputs`, and outputs that have keys are called so.
+    """
     taken = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
+    given = dict(zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    keys = outputs.keys(module, taken | set(inputs))
+    taken |= {key for node, key in keys.items() if node.op == "call_function"}
     for node in module.graph.nodes:
+        if node in keys and node.op == "call_function":
+            node.meta["tensor_name"] = keys[node]
+            continue
         if node.op == "placeholder":
-            name = node.name
+            name = given[node]
         elif node.op == "get_attr":
             node.meta["tensor_name"] = str(node.target)
             node.meta.setdefault("val", graph.parameter(module, str(node.target)).detach())
@@ -238,12 +323,7 @@ def _name_tensors(module: fx.GraphModule) -> None:
             name = _path(node)
         else:
             continue
-        unique, count = name, 0
-        while unique in taken:
-            count += 1
-            unique = f"{name}_{count}"
-        taken.add(unique)
-        node.meta["tensor_name"] = unique
+        node.meta["tensor_name"] = graph.free(name, taken)
 
 
 def _path(node: fx.Node) -> str:

@@ -210,7 +210,7 @@ def verify(
             raise OptionError("--labels go with --data", action="name the samples that the labels belong to")
         report = api.verify(opened, runtime=runtime)
     else:
-        specs = [TensorSpec(name=s["name"], shape=tuple(s["shape"]), dtype=s["dtype"]) for s in opened.inputs]
+        specs = [TensorSpec.from_json(spec) for spec in opened.inputs]
         samples = open_data(data, specs, arguments.image_options(mean, std, resize), labels)
         fixed = specs[0].shape[0]
         used = arguments.whole(len(samples), fixed)

@@ -14,7 +14,7 @@ import onnxscript
 import torch
 from torch import Tensor
 
-from qdeploy import __version__
+from qdeploy import __version__, graph
 from qdeploy.functions import DOMAIN
 
 _IR_VERSION = 10
@@ -120,16 +120,6 @@ def values(model: ir.Model) -> list[ir.Value]:
     return [*model.graph.inputs, *model.graph.initializers.values(), *(v for node in model.graph for v in node.outputs)]
 
 
-def fresh(name: str, taken: set[str]) -> str:
-    """`name`, with a number where it is taken; from now on it is."""
-    free, count = name, 0
-    while free in taken:
-        count += 1
-        free = f"{name}_{count}"
-    taken.add(free)
-    return free
-
-
 def _name(model: ir.Model, outputs: Sequence[str]) -> None:
     """Give marked tensors their names and the outputs theirs; move others out of the way."""
     targets = {id(value): value.name or "" for value in model.graph.inputs}
@@ -138,11 +128,11 @@ def _name(model: ir.Model, outputs: Sequence[str]) -> None:
     taken = {*targets.values(), *outputs, *(tensor for tensor, _, _, _ in marked)}
     for tensor, reader, raw, result in marked:
         targets.setdefault(id(raw), tensor)
-        targets[id(result)] = made.get(id(result)) or fresh(f"{tensor}>{reader}", taken)
+        targets[id(result)] = made.get(id(result)) or graph.free(f"{tensor}>{reader}", taken)
     every = values(model)
     for value in every:
         if id(value) not in targets and value.name in taken:
-            targets[id(value)] = fresh(f"{value.name}_unnamed", taken)
+            targets[id(value)] = graph.free(f"{value.name}_unnamed", taken)
     for value in every:
         if id(value) in targets and value.name != targets[id(value)]:
             _rename(model, value, targets[id(value)])
@@ -163,4 +153,4 @@ def _name_nodes(model: ir.Model) -> None:
     taken = set(ours)
     for index, node in enumerate(model.graph):
         made = str(node.outputs[0].name)
-        node.name = made if made in ours else fresh(f"{node.op_type}_{index}", taken)
+        node.name = made if made in ours else graph.free(f"{node.op_type}_{index}", taken)

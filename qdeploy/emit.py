@@ -20,9 +20,8 @@ import onnx_ir as ir
 import onnxscript
 import torch
 from torch import fx
-from torch.export import Dim
 
-from qdeploy import arith, artifact, edges, graph
+from qdeploy import arith, artifact, edges, graph, outputs
 from qdeploy.backend import Format
 from qdeploy.capture import Captured
 from qdeploy.errors import CaptureError
@@ -69,7 +68,7 @@ def export(captured: Captured, opset: int) -> ir.Model:
 
 def _export(captured: Captured, opset: int) -> ir.Model:
     module = _marked(captured.module)
-    shapes = tuple({0: Dim("batch")} if spec.shape and spec.shape[0] is None else None for spec in captured.inputs)
+    shapes = tuple(spec.names or None for spec in captured.inputs)
     with _quiet():
         try:
             program = torch.onnx.export(
@@ -89,7 +88,7 @@ def _export(captured: Captured, opset: int) -> ir.Model:
             raise CaptureError("torch.onnx.export cannot translate the model", found=f"{type(cause).__name__}: {cause}") from error
     assert program is not None
     model = program.model
-    edges.settle(model, output_names(captured.module))
+    edges.settle(model, outputs.names(captured.module))
     return model
 
 
@@ -107,17 +106,6 @@ def _marked(module: fx.GraphModule) -> fx.GraphModule:
             user.replace_input_with(node, marker)
     copy.recompile()
     return copy
-
-
-def output_names(module: fx.GraphModule) -> list[str]:
-    """Names of the model outputs: those of the tensors returned, or new ones for what is returned twice or is an input as well."""
-    taken = {graph.tensor_name(node) for node in module.graph.nodes}
-    names: list[str] = []
-    for node in graph.outputs(module.graph):
-        name = graph.tensor_name(node)
-        alias = name in names or node.op != "call_function"
-        names.append(edges.fresh(f"{name}_output", taken) if alias else name)
-    return names
 
 
 def float_view(exported: ir.Model, prepared: Prepared, clip: Sequence[Encoding] = ()) -> ir.Model:

@@ -120,6 +120,16 @@ def outputs(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in torch.utils._pytree.tree_leaves(output.args) if isinstance(node, fx.Node)]
 
 
+def free(name: str, taken: set[str]) -> str:
+    """`name`, with a number where it is taken; from now on it is."""
+    unique, count = name, 0
+    while unique in taken:
+        count += 1
+        unique = f"{name}_{count}"
+    taken.add(unique)
+    return unique
+
+
 def copy(module: fx.GraphModule, own_parameters: bool = False) -> fx.GraphModule:
     """A copy of the graph to edit; its parameters are those of `module`, or copies of them."""
     with warnings.catch_warnings():

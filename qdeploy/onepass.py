@@ -19,10 +19,10 @@ from qdeploy.observer import Observer, make_observer
 from qdeploy.plan import Plan
 from qdeploy.prepared import Prepared
 from qdeploy.recipe import Choice, Recipe
+from qdeploy.signature import Batch, ordered
 from qdeploy.spec import QuantSpec, Role
 from qdeploy.watch import watched
 
-Batch = Tensor | Sequence[Tensor]
 HELD = 256
 """Most samples that are held back to judge steps by."""
 SHARE = 8
@@ -163,7 +163,7 @@ def observe(
 
 
 def _checked(prepared: Prepared, item: Batch) -> tuple[Tensor, ...]:
-    batch = (item,) if isinstance(item, Tensor) else tuple(item)
+    batch = ordered(item, [spec.name for spec in prepared.captured.inputs])
     prepared.check(batch)
     return batch
 

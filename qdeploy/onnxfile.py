@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx
+import onnx.reference
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from qdeploy import __version__
 from qdeploy.backend import Emitted, Node
 from qdeploy.spec import Encoding
+
+_INT64 = onnx.TensorProto.INT64
 
 
 def simplify_float(data: bytes, names: Sequence[str]) -> tuple[bytes, str]:
@@ -65,6 +70,48 @@ def _plain(attribute: Any) -> object:
     if isinstance(attribute, bytes):
         return attribute.decode()
     return tuple(attribute) if isinstance(attribute, Sequence) and not isinstance(attribute, str) else attribute
+
+
+def with_sizes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.ModelProto:
+    """`model` for one number each in place of the open sizes named; what it computes from shapes alone becomes constant."""
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    for value in fixed.graph.input:
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param in sizes:
+                dimension.dim_value = sizes[dimension.dim_param]
+    while True:
+        del fixed.graph.value_info[:]
+        for value in fixed.graph.output:
+            value.type.tensor_type.ClearField("shape")
+        inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True)
+        if not _fold_shapes(inferred):
+            return inferred
+        fixed = inferred
+
+
+def _fold_shapes(model: onnx.ModelProto) -> int:
+    """Compute every node that only depends on known shapes. Returns their number."""
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in (*model.graph.input, *model.graph.value_info)}
+    known = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer if tensor.data_type == _INT64}
+    made: dict[str, NDArray[Any]] = {}
+    left = []
+    for node in model.graph.node:
+        if node.op_type == "Shape" and node.input[0] in shapes and all(d.HasField("dim_value") for d in shapes[node.input[0]]):
+            attributes = {a.name: a.i for a in node.attribute}
+            whole = [d.dim_value for d in shapes[node.input[0]]]
+            made[node.output[0]] = np.array(whole[attributes.get("start", 0) : attributes.get("end", len(whole))], np.int64)
+        elif any(name in made for name in node.input) and all(name in made or name in known for name in node.input):
+            values = {name: made[name] if name in made else known[name] for name in node.input}
+            made |= dict(zip(node.output, onnx.reference.ReferenceEvaluator(node).run(None, values), strict=True))
+        else:
+            left.append(node)
+    count = len(model.graph.node) - len(left)
+    read = {name for node in left for name in node.input}
+    del model.graph.node[:]
+    model.graph.node.extend(left)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in made.items() if name in read)
+    return count
 
 
 def tensor_names(model: onnx.ModelProto) -> set[str]:

@@ -21,6 +21,7 @@ from qdeploy.observer import Observer
 from qdeploy.plan import Plan
 from qdeploy.quantizer import Mode, Quantizer
 from qdeploy.recipe import Recipe
+from qdeploy.signature import ordered
 from qdeploy.spec import Encoding, TensorSpec, show_shape
 
 BATCH = 64
@@ -78,8 +79,11 @@ class Prepared(nn.Module):
         """Take `module` for the float graph."""
         self._floating = [module]
 
-    def forward(self, *inputs: Tensor) -> object:
-        """The simulation on a batch of inputs, or the float model before calibration."""
+    def forward(self, *inputs: Tensor, **named: Tensor) -> object:
+        """The simulation on a batch of inputs, by place or by name, or the float model before calibration."""
+        if named:
+            names = [spec.name for spec in self.captured.inputs]
+            inputs = ordered(dict(zip(names, inputs, strict=False)) | named, names)
         return self.module(*inputs)
 
     def train(self, mode: bool = True) -> Prepared:
@@ -170,8 +174,14 @@ def check_batch(batch: Sequence[Tensor], specs: Sequence[TensorSpec]) -> None:
     """`InputError` unless `batch` has one fitting tensor for each of `specs`."""
     if len(batch) != len(specs):
         raise InputError("a batch has the wrong number of inputs", found=len(batch), allowed=len(specs))
+    sizes: dict[str, tuple[int, str]] = {}
     for tensor, spec in zip(batch, specs, strict=True):
         check_tensor(tensor, spec)
+        for dimension, name in spec.names.items():
+            size, first = sizes.setdefault(name, (tensor.shape[dimension], spec.name))
+            if size != tensor.shape[dimension]:
+                found = f"{size} in '{first}', {tensor.shape[dimension]} in '{spec.name}'"
+                raise InputError(f"the inputs have different sizes for '{name}'", found=found, action="give all inputs one size")
 
 
 def check_tensor(tensor: Tensor, spec: TensorSpec) -> None:

@@ -134,11 +134,25 @@ class QuantSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """Name, shape and dtype of one model input; None in the shape is a dimension that may vary."""
+    """Name, shape and dtype of one model input; None in the shape is a dimension that may vary.
+
+    `open` has the names of these dimensions in their order, where they have names: one name is one size in all inputs.
+    """
 
     name: str
     shape: tuple[int | None, ...]
     dtype: str
+    open: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> dict[int, str]:
+        """The names of the dimensions that may vary."""
+        return dict(zip([d for d, size in enumerate(self.shape) if size is None], self.open, strict=False))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TensorSpec:
+        """What a manifest has of an input."""
+        return cls(name=data["name"], shape=tuple(data["shape"]), dtype=data["dtype"], open=tuple(data.get("open", ())))
 
 
 def show_shape(shape: Sequence[int | None]) -> str:

@@ -12,6 +12,7 @@ run of the ONNX file (ONNX Runtime without any optimization), which the saved ou
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,14 +23,15 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
-from torch import Tensor, fx
+from torch import fx
 
 from qdeploy.artifact import Artifact, missing_names
 from qdeploy.errors import ArtifactError, InputError
 from qdeploy.flow import run
-from qdeploy.onnxfile import tensor_names
+from qdeploy.onnxfile import tensor_names, with_sizes
 from qdeploy.prepared import Prepared, check_batch
 from qdeploy.runtimes import Runtime, Session, find_runtime, runtimes
+from qdeploy.signature import Batch, ordered
 from qdeploy.spec import TensorSpec
 
 Array = NDArray[Any]
@@ -173,7 +175,7 @@ class _Row:
 
 def verify_artifact(
     artifact: Artifact,
-    batches: Iterable[Tensor | Sequence[Tensor]] | None = None,
+    batches: Iterable[Batch] | None = None,
     runtime: str | Sequence[str] | None = None,
     labels: Array | None = None,
     simulation: Prepared | None = None,
@@ -250,7 +252,7 @@ def _steps(artifact: Artifact, simulated: Sequence[Array]) -> list[float]:
 
 
 def _references(
-    artifact: Artifact, batches: Iterable[Tensor | Sequence[Tensor]] | None, prepared: Prepared | None, saved: _Saved
+    artifact: Artifact, batches: Iterable[Batch] | None, prepared: Prepared | None, saved: _Saved
 ) -> tuple[list[_Row], Iterable[list[Array]]]:
     """The rows of the float model and of the simulation (last), and the data."""
     float_size, size = artifact.manifest["float_bytes"], artifact.simulation.stat().st_size
@@ -280,10 +282,10 @@ def _torch(module: fx.GraphModule, inputs: Sequence[Array]) -> list[Array]:
     return [made.numpy() for made in run(module, tensors, len(tensors[0]))]
 
 
-def _arrays(batches: Iterable[Tensor | Sequence[Tensor]], artifact: Artifact) -> Iterator[list[Array]]:
-    specs = [TensorSpec(name=s["name"], shape=tuple(s["shape"]), dtype=s["dtype"]) for s in artifact.inputs]
+def _arrays(batches: Iterable[Batch], artifact: Artifact) -> Iterator[list[Array]]:
+    specs = [TensorSpec.from_json(spec) for spec in artifact.inputs]
     for batch in batches:
-        tensors = (batch,) if isinstance(batch, Tensor) else tuple(batch)
+        tensors = ordered(batch, [spec.name for spec in specs])
         check_batch(tensors, specs)
         yield [tensor.detach().cpu().numpy() for tensor in tensors]
 
@@ -333,23 +335,44 @@ def _asked(artifact: Artifact, runtime: Runtime) -> Runtime:
 
 
 class _Feed:
-    """Run batches of any size on a session, which takes one size: in pieces, the last one filled up with its last sample."""
+    """Run batches of any size on a session, which takes one size: in pieces, the last one filled up with its last sample.
+
+    Where other sizes are open too, runtimes that take only fixed ones get a copy of the file for the sizes at hand.
+    """
 
     def __init__(self, artifact: Artifact, path: Path, runtime: str, variant: str):
         self.path, self.runtime, self.variant = path, runtimes[runtime], variant
-        fixed = [spec["shape"][0] for spec in artifact.inputs if spec["shape"]]
+        self.specs = [TensorSpec.from_json(spec) for spec in artifact.inputs]
+        fixed = [spec.shape[0] for spec in self.specs if spec.shape]
         self.fixed: int | None = fixed[0] if fixed else 1
         self.session: Session | None = None
         self.batch = 0
+        self.sizes: dict[str, int] = {}
+
+    def _open(self, inputs: Sequence[Array]) -> Session:
+        """The session that is open, or a new one where the open sizes are others."""
+        pairs = [(spec.names, array.shape) for spec, array in zip(self.specs, inputs, strict=True)]
+        sizes = {name: shape[d] for names, shape in pairs for d, name in names.items() if d}
+        if self.session is not None and (sizes == self.sizes or self.runtime.any_size):
+            return self.session
+        self.batch, self.sizes = self.batch or self.fixed or min(self.runtime.max_batch, len(inputs[0])), sizes
+        try:
+            if not sizes or self.runtime.any_size:
+                return self.runtime.open(self.path, self.batch, self.variant)
+            with tempfile.TemporaryDirectory() as folder:
+                for file in self.path.parent.iterdir():  # some runtimes read the scale file as well
+                    (Path(folder) / file.name).symlink_to(file.absolute())
+                copy = Path(folder) / self.path.name
+                copy.unlink()
+                every = sizes | {spec.names[0]: self.batch for spec in self.specs if 0 in spec.names}
+                onnx.save(with_sizes(onnx.load(self.path), every), copy)
+                return self.runtime.open(copy, self.batch, self.variant)
+        except ArtifactError as error:
+            raise _CannotOpen(str(error)) from error
 
     def __call__(self, inputs: Sequence[Array]) -> list[Array]:
         count = len(inputs[0])
-        if self.session is None:
-            self.batch = self.fixed or min(self.runtime.max_batch, count)
-            try:
-                self.session = self.runtime.open(self.path, self.batch, self.variant)
-            except ArtifactError as error:
-                raise _CannotOpen(str(error)) from error
+        self.session = self._open(inputs)
         if count == self.batch:
             return self.session.run(inputs)
         pieces = []

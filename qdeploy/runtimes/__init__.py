@@ -44,7 +44,8 @@ class Runtime:
 
     `open(path, batch, variant)` opens the ONNX file for batches of exactly `batch`, in one of the `variants` (ways to run, such
     as with and without graph optimizations). `min_agreement` is the share of samples whose top-1 must be that of the
-    simulation.
+    simulation. `any_size` says whether a session takes any size of what the file leaves open beyond the batch; others get files
+    without such sizes.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Runtime:
     open: Callable[[Path, int, str], Session]
     variants: tuple[str, ...] = ("default",)
     max_batch: int = 64
+    any_size: bool = False
 
     def installed(self) -> bool:
         """Whether the runtime's modules can be imported here."""

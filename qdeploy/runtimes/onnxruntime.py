@@ -100,5 +100,6 @@ runtimes.add(
         min_agreement=0.999,
         open=_open,
         variants=("all", "none"),
+        any_size=True,
     ),
 )

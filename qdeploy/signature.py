@@ -1,0 +1,117 @@
+"""How a model is called: which tensor is which input, given by place or by name.
+
+Inputs have the names of forward's parameters; what forward takes as `*rest` is `rest_0`, `rest_1`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any
+
+from torch import Tensor, nn
+
+from qdeploy.errors import InputError
+
+Batch = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""The inputs of some samples: one tensor, a tensor for each in their order, or tensors by name."""
+
+
+def ordered(batch: Batch, names: Sequence[str], what: str = "a batch") -> tuple[Tensor, ...]:
+    """The tensors of `batch`, those that are named in the order of `names`; `InputError` for an unknown or missing name."""
+    if isinstance(batch, Tensor):
+        return (batch,)
+    if not isinstance(batch, Mapping):
+        return tuple(batch)
+    unknown, missing = [name for name in batch if name not in names], [name for name in names if name not in batch]
+    if unknown or missing:
+        raise _wrong_names(what, unknown, missing, names)
+    return tuple(batch[name] for name in names)
+
+
+def _wrong_names(what: str, unknown: Sequence[object], missing: Sequence[str], names: Sequence[str]) -> InputError:
+    near = get_close_matches(str(unknown[0]), missing or names, n=1) if unknown else []
+    found = [f"unknown {', '.join(map(repr, unknown))}"] if unknown else []
+    found += [f"missing {', '.join(map(repr, missing))}"] if missing else []
+    action = f"did you mean '{near[0]}'?" if near else "leave out what is unknown" if unknown else "give what is missing"
+    return InputError(f"{what} has wrong input names", found=" and ".join(found), allowed=", ".join(names) or "none", action=action)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One call of a model: `arguments` as `inspect.Signature.bind` has them, tuples and dicts for `*rest` and `**more`."""
+
+    args: tuple[Tensor, ...]
+    kwargs: dict[str, Tensor]
+    arguments: dict[str, Any]
+    declared: frozenset[str]
+    """The parameters that forward names."""
+
+    @classmethod
+    def of(cls, model: nn.Module, example: Batch) -> Call:
+        """The call of `model` with `example`; `InputError` where that does not fit its forward."""
+        signature = inspect.signature(model.forward)
+        kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+        declared = [name for name, kind in kinds.items() if kind not in (_REST, _MORE)]
+        args: tuple[Tensor, ...] = ()
+        kwargs: dict[str, Tensor] = {}
+        if isinstance(example, Mapping):
+            required = [name for name in declared if signature.parameters[name].default is inspect.Parameter.empty]
+            unknown = [] if _MORE in kinds.values() else [name for name in example if name not in declared]
+            missing = [name for name in required if name not in example]
+            if unknown or missing:
+                raise _wrong_names("the example", unknown, missing, declared)
+            by_place = [name for name in declared if kinds[name] is inspect.Parameter.POSITIONAL_ONLY]
+            args = tuple(example[name] for name in by_place if name in example)
+            rest = [*declared, *(name for name in example if name not in declared)]
+            kwargs = {name: example[name] for name in rest if name in example and name not in by_place}
+        else:
+            args = ordered(example, ())
+        try:
+            arguments = signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            found = f"{len(args)} tensors: {error}"
+            action = "give one for each input, or a mapping from names to tensors"
+            raise InputError("the example does not fit the model's forward", found=found, action=action) from error
+        return cls(args=args, kwargs=kwargs, arguments=dict(arguments), declared=frozenset(declared))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All inputs in their order."""
+        return (*self.args, *self.kwargs.values())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the inputs in their order."""
+        return tuple(name for argument, value in self.arguments.items() for name, _ in _parts(argument, value))
+
+    def map(self, change: Callable[[str, Tensor], Any]) -> dict[str, Any]:
+        """`arguments` with `change(name, tensor)` in place of the tensors."""
+
+        def mapped(argument: str, value: Any) -> Any:
+            parts = [change(name, part) for name, part in _parts(argument, value)]
+            if isinstance(value, tuple):
+                return tuple(parts)
+            return dict(zip(value, parts, strict=True)) if isinstance(value, Mapping) else parts[0]
+
+        return {argument: mapped(argument, value) for argument, value in self.arguments.items()}
+
+    def changed(self, change: Callable[[str, Tensor], Tensor]) -> Call:
+        """The call with `change(name, tensor)` in place of the tensors."""
+        made = dict(zip(self.names, (change(*pair) for pair in zip(self.names, self.tensors, strict=True)), strict=True))
+        tensors = tuple(made.values())
+        kwargs = dict(zip(self.kwargs, tensors[len(self.args) :], strict=True))
+        arguments = self.map(lambda name, _: made[name])
+        return replace(self, args=tensors[: len(self.args)], kwargs=kwargs, arguments=arguments)
+
+
+_REST, _MORE = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+
+
+def _parts(argument: str, value: Any) -> list[tuple[str, Tensor]]:
+    """The named tensors of one argument."""
+    if isinstance(value, tuple):
+        return [(f"{argument}_{place}", part) for place, part in enumerate(value)]
+    return list(value.items()) if isinstance(value, Mapping) else [(argument, value)]
