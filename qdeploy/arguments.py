@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +30,9 @@ DataPath = Annotated[str | None, typer.Option("--data", help="a folder of images
 Labels = Annotated[str | None, typer.Option("--labels", help="class numbers: .npy, .npz or .txt, one a sample")]
 Arch = Annotated[str | None, typer.Option("--arch", help="MODULE:CALLABLE that makes the network of a state dict")]
 Shape = Annotated[list[str] | None, typer.Option("--input-shape", help="such as 1,3,224,224; once per input")]
+DynamicSizes = Annotated[
+    list[str] | None, typer.Option("--dynamic", help="a dimension that stays open, INPUT:DIMENSION=NAME, as x:2=height; repeatable")
+]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="unpickle a model file that you trust; this runs its code")]
 Mean = Annotated[str | None, typer.Option("--mean", help="of images in [0, 1], per channel: 0.485,0.456,0.406")]
 Std = Annotated[str | None, typer.Option("--std", help="of images in [0, 1], per channel: 0.229,0.224,0.225")]
@@ -56,12 +61,44 @@ def load(
         if shapes:
             raise OptionError("--input-shape is of no use here", found="an exported program has its shapes", action="leave it out")
         return loaded, program_inputs(loaded)
-    if shapes:
-        return loaded, tuple(_parse_shape(text, position, len(shapes)) for position, text in enumerate(shapes))
-    found = array_specs(data) if data else None
+    found = tuple(_parse_shape(text, position, len(shapes)) for position, text in enumerate(shapes)) if shapes else None
+    if found is None and data:
+        found = array_specs(data)
     if found is None:
         raise OptionError("the model's input shape is not known", action="give --input-shape, such as 1,3,224,224")
-    return loaded, found
+    return loaded, _by_name(loaded, found, by_place=bool(shapes))
+
+
+def _by_name(model: Any, specs: tuple[TensorSpec, ...], by_place: bool) -> tuple[TensorSpec, ...]:
+    """The inputs with the names of forward's parameters, in their order; arrays of a file are found by name."""
+    from qdeploy.signature import parameters
+
+    names = parameters(model)
+    if by_place or len(specs) == 1:
+        return tuple(replace(spec, name=name) for spec, name in zip(specs, names, strict=False)) if len(names) >= len(specs) else specs
+    given = {spec.name: spec for spec in specs}
+    if not names or not set(given) <= set(names):
+        raise InputError(
+            "the arrays of the data are not named as the model's inputs",
+            found=", ".join(given),
+            allowed=", ".join(names) or "none: forward takes *inputs, which have no names",
+            action="save them with np.savez and these names" if names else "give the shapes with --input-shape",
+        )
+    return tuple(given[name] for name in names if name in given)
+
+
+def dynamic_sizes(texts: Sequence[str] | None, shapes: Sequence[str] | None) -> dict[str, dict[int, str]] | None:
+    """What --dynamic says; without it, --input-shape fixes what a file leaves open."""
+    found: dict[str, dict[int, str]] = {}
+    for text in texts or ():
+        match = re.fullmatch(r"\s*(\w+):(-?\d+)=(\w+)\s*", text)
+        if match is None:
+            allowed = "INPUT:DIMENSION=NAME"
+            raise OptionError("--dynamic is wrong", found=repr(text), allowed=allowed, action="write it as input_ids:1=sequence")
+        name, dimension, size = match[1], int(match[2]), match[3]
+        if found.setdefault(name, {}).setdefault(dimension, size) != size:
+            raise OptionError(f"--dynamic names dimension {dimension} of '{name}' twice", found=text, action="name it once")
+    return found if texts or shapes else None
 
 
 def _parse_shape(text: str, position: int, count: int) -> TensorSpec:
@@ -79,10 +116,29 @@ def _parse_shape(text: str, position: int, count: int) -> TensorSpec:
     return TensorSpec(name=name, shape=(None, *sizes[1:]), dtype="float32")
 
 
-def zeros(specs: Sequence[TensorSpec]) -> list[Any]:
+def loosened(specs: Sequence[TensorSpec], dynamic: dict[str, dict[int, str]] | None) -> list[TensorSpec]:
+    """`specs` for other data than that which they were read off: what stays open has any size."""
+    opened = dynamic or {}
+    shapes = [tuple(None if d in opened.get(spec.name, {}) else size for d, size in enumerate(spec.shape)) for spec in specs]
+    return [replace(spec, shape=shape) for spec, shape in zip(specs, shapes, strict=True)]
+
+
+def zeros(specs: Sequence[TensorSpec]) -> tuple[Any, ...]:
     import torch
 
-    return [torch.zeros([size or 2 for size in spec.shape], dtype=getattr(torch, spec.dtype)) for spec in specs]
+    return tuple(torch.zeros([size or 2 for size in spec.shape], dtype=getattr(torch, spec.dtype)) for spec in specs)
+
+
+def example(model: Any, specs: Sequence[TensorSpec], tensors: Sequence[Any]) -> Any:
+    """What a module is captured with: tensors by the names of its inputs, where it has several with names. A program has its own."""
+    import torch
+
+    from qdeploy.signature import parameters
+
+    if not isinstance(model, torch.nn.Module):
+        return None
+    names = [spec.name for spec in specs]
+    return dict(zip(names, tensors, strict=True)) if set(names) <= set(parameters(model)) else tuple(tensors)
 
 
 def image_options(mean: str | None, std: str | None, resize: str | None) -> ImageOptions:

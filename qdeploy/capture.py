@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +53,8 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Batch | None, dy
         example, program, opened = _from_program(model, example_inputs, dynamic, notes)
     else:
         call = _call(model, example_inputs)
-        program, opened = _from_module(model, call, dynamic, notes)
         example = call.tensors
+        program, opened = _from_module(model, call, dynamic, notes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, while it copies its programs
         program = program.run_decompositions(simplify.DECOMPOSITIONS)
@@ -76,8 +75,6 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Batch | None, dy
         raise InputError(f"input '{other}' of the model is no tensor", action="export it with tensors only")
     _name_tensors(module, tuple(opened))
     inputs = tuple(_input_spec(node, found) for node, found in zip(placeholders, opened.values(), strict=True))
-    if not isinstance(model, ExportedProgram):
-        _check_used(module, call)
     return Captured(module=module, inputs=inputs, example=example, notes=tuple(notes))
 
 
@@ -123,7 +120,7 @@ def _from_program(
         _check_example(example, [_input_spec(node, found) for node, found in zip(nodes, opened.values(), strict=True)])
         if any(t.shape[d] == 1 for name, t in zip(names, example, strict=True) for d in opened[name]):
             example = own  # what is exported again takes a size of 1 for a constant
-    if _is_dynamic(model):
+    if _is_dynamic(model) and all(_is_plain(size) for node in nodes for size in node.meta["val"].shape):
         return example, model, opened
     program = _make_dynamic(model, example, opened, notes)
     return example, program, dimensions.named(_inputs(program), names, opened)
@@ -174,6 +171,11 @@ def _like(node: fx.Node) -> Tensor:
     if made.dtype.is_floating_point:
         return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=made.dtype)
     return torch.zeros(shape, dtype=made.dtype)
+
+
+def _is_plain(size: int | torch.SymInt) -> bool:
+    """Whether a size is a number or open, and not computed, such as 4 * height: torch cannot decompose programs of these."""
+    return isinstance(size, int) or str(size).isidentifier()
 
 
 def _is_dynamic(program: ExportedProgram) -> bool:
@@ -254,16 +256,9 @@ def _by_place(module: fx.GraphModule) -> None:
     names = [node.name for node in module.graph.find_nodes(op="placeholder")]
     codegen.pytree_info = info._replace(orig_args=names, in_spec=pytree.tree_structure((tuple(names), {})))
     module._in_spec = codegen.pytree_info.in_spec
+    module._forward_pre_hooks.clear()  # torch's check of sizes, which takes some that are open for those of the example
+    module._forward_pre_hooks_with_kwargs.clear()
     module.recompile()
-
-
-def _check_used(module: fx.GraphModule, call: Call) -> None:
-    """`InputError` for a named input that forward took among `**more` and did not use: most likely it is misspelled."""
-    for node, name in zip(module.graph.find_nodes(op="placeholder"), call.names, strict=True):
-        if name in call.kwargs and name not in call.declared and not node.users:
-            near = get_close_matches(name, call.declared, n=1)
-            action = f"did you mean '{near[0]}'?" if near else "leave it out"
-            raise InputError(f"the model does not use the input '{name}'", allowed=", ".join(sorted(call.declared)), action=action)
 
 
 def _check_example(example: Sequence[Tensor], inputs: Sequence[TensorSpec]) -> None:

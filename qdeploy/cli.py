@@ -18,6 +18,7 @@ from qdeploy.arguments import (
     BackendName,
     BackendNames,
     DataPath,
+    DynamicSizes,
     FirstLastBits,
     Json,
     Labels,
@@ -66,6 +67,7 @@ def quantize(
     activation_scheme: ActivationScheme = None,
     arch: Arch = None,
     input_shape: Shape = None,
+    dynamic: DynamicSizes = None,
     out: Annotated[Path, typer.Option(help="the folder to write; with several targets, of their folders")] = Path("out"),
     seed: Annotated[int, typer.Option(help="of the choice of samples, and of everything random")] = 0,
     allow_pickle: Pickle = False,
@@ -102,9 +104,10 @@ def quantize(
         if given and not needed:
             raise OptionError(what, action="name the samples that the labels belong to")
     images = arguments.image_options(mean, std, resize)
+    opened = arguments.dynamic_sizes(dynamic, input_shape)
     loaded, specs = arguments.load(model, arch, allow_pickle, input_shape, data)
     calibration = open_data(data, specs, images, data_labels).pick(samples, seed) if data else None
-    evaluation = open_data(verify_data, specs, images, labels) if verify_data else None
+    evaluation = open_data(verify_data, arguments.loosened(specs, opened), images, labels) if verify_data else None
     options = api.Options(
         recipe=recipe,
         weight_bits=weight_bits,
@@ -113,13 +116,16 @@ def quantize(
         seed=seed,
         weight_scheme=weight_scheme,
         activation_scheme=activation_scheme,
+        dynamic=opened,
     )
     if calibration is None:
         example = arguments.zeros(specs)
         with screen.steps() as tell:
             made = api.distill_data(loaded, example, samples, seed, tell)
         screen.say(f"no --data: calibrating on {sum(len(batch[0]) for batch in made)} images distilled from the batch-norm statistics")
-    several = _prepare(loaded, calibration, None if calibration else example, targets, options)
+    else:
+        example = next(calibration.batches(arguments.BATCH))
+    several = _prepare(loaded, arguments.example(loaded, specs, example), targets, options)
     folder = arguments.work_folder(out)
     try:
         with screen.progress("calibrate", samples if calibration is None else arguments.count(calibration, several[0])) as watch:
@@ -137,15 +143,9 @@ def quantize(
         raise typer.Exit(1)
 
 
-def _prepare(loaded: Any, calibration: Data | None, example: Any, targets: Sequence[Backend], options: Options) -> Sequence[Prepared]:
-    import torch
-
+def _prepare(loaded: Any, example: Any, targets: Sequence[Backend], options: Options) -> Sequence[Prepared]:
     from qdeploy import api
 
-    if not isinstance(loaded, torch.nn.Module):
-        example = None  # a program brings its own example, of the batch that it was exported with
-    elif calibration is not None:
-        example = next(calibration.batches(arguments.BATCH))
     with hushed():
         return api.prepare_all(loaded, example, targets, **options)
 
@@ -233,6 +233,7 @@ def inspect(
     activation_scheme: ActivationScheme = None,
     arch: Arch = None,
     input_shape: Shape = None,
+    dynamic: DynamicSizes = None,
     allow_pickle: Pickle = False,
     as_json: Json = False,
 ) -> None:
@@ -241,11 +242,12 @@ def inspect(
     from qdeploy.targets import find_backend
 
     target = find_backend(backend)
+    opened = arguments.dynamic_sizes(dynamic, input_shape)
     loaded, specs = arguments.load(model, arch, allow_pickle, input_shape, data)
     with hushed():
         prepared = api.prepare(
             loaded,
-            arguments.zeros(specs),
+            arguments.example(loaded, specs, arguments.zeros(specs)),
             target,
             "fast",
             weight_bits,
@@ -254,6 +256,7 @@ def inspect(
             0,
             weight_scheme,
             activation_scheme,
+            opened,
         )
     columns = ("tensor", "role", "op", "scheme", "reason")
     rows = [dict(zip(columns, row, strict=True)) for row in prepared.plan.rows()]

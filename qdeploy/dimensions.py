@@ -101,14 +101,14 @@ def explained(error: Exception, dynamic: Dynamic) -> CaptureError | None:
     for name, dimension in re.findall(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", text):
         size = dynamic.get(name, {}).get(int(dimension))
         if size is not None:
-            lines = [line.strip(" -") for line in text.splitlines() if f"L['{name}'].size()[{dimension}]" in line]
-            reason = lines[0].partition(". If you're using")[0]
+            lines = [line.strip(" -") for line in text.splitlines() if line.lstrip().startswith("-")] or [_first_line(error)]
+            reason = lines[0].partition(". If you're using")[0].replace(f"L['{name}'].size()[{dimension}]", "it")
             return _fixed(size, f"dimension {dimension} of input '{name}'", reason)
     return None
 
 
 def _fixed(size: str, shown: str, reason: str) -> CaptureError:
-    action = "leave it out of the open dimensions, or make the model compute it from the input's shape"
+    action = "leave it out, name it like the sizes that it always equals, or make the model compute it from the input's shape"
     return CaptureError(f"the model does not leave '{size}' open ({shown})", found=reason, action=action)
 
 

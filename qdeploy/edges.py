@@ -129,6 +129,8 @@ def _name(model: ir.Model, outputs: Sequence[str]) -> None:
     for tensor, reader, raw, result in marked:
         targets.setdefault(id(raw), tensor)
         targets[id(result)] = made.get(id(result)) or graph.free(f"{tensor}>{reader}", taken)
+    for value in model.graph.outputs:  # what is no float tensor, or returned twice
+        targets.setdefault(id(value), made[id(value)])
     every = values(model)
     for value in every:
         if id(value) not in targets and value.name in taken:

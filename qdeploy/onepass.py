@@ -7,7 +7,7 @@ from contextlib import suppress
 from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from qdeploy import tuning
 from qdeploy.algorithm import Tell
@@ -32,14 +32,26 @@ SHARE = 8
 class Kept:
     """The samples of a stream that steps work on: up to `need` for the steps, and one in `SHARE` more to judge them by."""
 
-    def __init__(self, need: int, dynamic: bool):
+    def __init__(self, need: int, dynamic: bool, alike: bool = True):
         self.need = need
         self.dynamic = dynamic
+        self.alike = alike
+        """Whether all samples must have one size."""
         self.arena = Arena()
         self.counts = {"steps": 0, "held": 0}
         self._parts: dict[str, list[tuple[Tensor, ...]]] = {"steps": [], "held": []}
         self._labels: list[Tensor] = []
         self._batches = 0
+        self._shapes: list[list[int]] = []
+
+    def check(self, batch: Sequence[Tensor]) -> None:
+        """`InputError` where steps are to work on samples of several sizes: they compute all of them at once."""
+        shapes = [list(tensor.shape[1:]) for tensor in batch]
+        self._shapes = self._shapes or shapes
+        if self.alike and shapes != self._shapes:
+            found = f"samples of {shapes} behind some of {self._shapes}"
+            action = "pad or cut all samples to one size, or use a recipe without steps, such as 'plain' or 'fast'"
+            raise InputError("the steps of this recipe need samples of one size", found=found, action=action)
 
     def add(self, batch: Sequence[Tensor], labels: Tensor | None) -> None:
         """Take from the next batch what is wanted."""
@@ -133,10 +145,11 @@ def observe(
 ) -> Kept:
     """Shape the float graphs by the first samples, then show all data to all observers. Returns the samples that steps work on."""
     first = several[0]
-    kept = Kept(max(tuning.samples_needed(one) for one in several), first.captured.dynamic_batch)
-    checked = (_checked(first, item) for item in stream)
+    need, shaped = max(tuning.samples_needed(one) for one in several), any(tuning.shapes(one) for one in several)
+    kept = Kept(need, first.captured.dynamic_batch, alike=need > 0 or shaped)
+    checked = (_checked(first, kept, item) for item in stream)
     head: list[tuple[Tensor, ...]] = []
-    if any(tuning.shapes(one) for one in several):
+    if shaped:
         for batch in checked:
             head.append(batch)
             if sum(len(part[0]) for part in head) >= tuning.PREVIEW:
@@ -149,7 +162,7 @@ def observe(
     with torch.no_grad():
         for batch in chain(head, checked):
             for module in watching:
-                module(*batch)
+                _show(module, batch)
             first.remember(batch)
             here = slice(first.samples_seen, first.samples_seen + len(batch[0]))
             first.samples_seen = here.stop
@@ -162,10 +175,21 @@ def observe(
     return kept
 
 
-def _checked(prepared: Prepared, item: Batch) -> tuple[Tensor, ...]:
+def _checked(prepared: Prepared, kept: Kept, item: Batch) -> tuple[Tensor, ...]:
     batch = ordered(item, [spec.name for spec in prepared.captured.inputs])
     prepared.check(batch)
+    kept.check(batch)
     return batch
+
+
+def _show(module: fx.GraphModule, batch: Sequence[Tensor]) -> None:
+    """Run `module` on a batch, whose open sizes may be none that it computes at, such as an odd height."""
+    try:
+        module(*batch)
+    except (RuntimeError, IndexError) as error:
+        found = f"{[list(tensor.shape) for tensor in batch]}: {str(error).splitlines()[0]}"
+        action = "give batches of sizes that the model itself computes"
+        raise InputError("the model cannot compute a batch", found=found, action=action) from error
 
 
 def _by_tensor(several: Sequence[Prepared]) -> dict[str, list[Observer]]:

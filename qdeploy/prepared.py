@@ -147,7 +147,9 @@ class Prepared(nn.Module):
         check_batch(batch, self.captured.inputs)
 
     def remember(self, batch: Sequence[Tensor]) -> None:
-        """Keep samples of `batch` for the artifact, up to the limits."""
+        """Keep samples of `batch` for the artifact, up to the limits, and all of one size."""
+        if self.reference and any(t.shape[1:] != kept.shape[1:] for t, kept in zip(batch, self.reference[0], strict=True)):
+            return
         have = sum(len(kept[0]) for kept in self.reference)
         size = max(1, sum(t[:1].numel() * t.element_size() for t in batch))
         room = min(REFERENCE_SAMPLES - have, max(1, REFERENCE_BYTES // size) - have)

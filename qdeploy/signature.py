@@ -39,34 +39,37 @@ def _wrong_names(what: str, unknown: Sequence[object], missing: Sequence[str], n
     return InputError(f"{what} has wrong input names", found=" and ".join(found), allowed=", ".join(names) or "none", action=action)
 
 
+def parameters(model: nn.Module) -> tuple[str, ...]:
+    """The inputs that forward names, in their order."""
+    kinds = {name: parameter.kind for name, parameter in inspect.signature(model.forward).parameters.items()}
+    return tuple(name for name, kind in kinds.items() if kind not in (_REST, _MORE))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One call of a model: `arguments` as `inspect.Signature.bind` has them, tuples and dicts for `*rest` and `**more`."""
+    """One call of a model: `arguments` as `inspect.Signature.bind` has them, with a tuple for `*rest`."""
 
     args: tuple[Tensor, ...]
     kwargs: dict[str, Tensor]
     arguments: dict[str, Any]
-    declared: frozenset[str]
-    """The parameters that forward names."""
 
     @classmethod
     def of(cls, model: nn.Module, example: Batch) -> Call:
         """The call of `model` with `example`; `InputError` where that does not fit its forward."""
         signature = inspect.signature(model.forward)
         kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
-        declared = [name for name, kind in kinds.items() if kind not in (_REST, _MORE)]
+        declared = parameters(model)
         args: tuple[Tensor, ...] = ()
         kwargs: dict[str, Tensor] = {}
         if isinstance(example, Mapping):
             required = [name for name in declared if signature.parameters[name].default is inspect.Parameter.empty]
-            unknown = [] if _MORE in kinds.values() else [name for name in example if name not in declared]
+            unknown = [name for name in example if name not in declared]  # also what forward would take as **more
             missing = [name for name in required if name not in example]
             if unknown or missing:
                 raise _wrong_names("the example", unknown, missing, declared)
             by_place = [name for name in declared if kinds[name] is inspect.Parameter.POSITIONAL_ONLY]
             args = tuple(example[name] for name in by_place if name in example)
-            rest = [*declared, *(name for name in example if name not in declared)]
-            kwargs = {name: example[name] for name in rest if name in example and name not in by_place}
+            kwargs = {name: example[name] for name in declared if name in example and name not in by_place}
         else:
             args = ordered(example, ())
         try:
@@ -75,7 +78,7 @@ class Call:
             found = f"{len(args)} tensors: {error}"
             action = "give one for each input, or a mapping from names to tensors"
             raise InputError("the example does not fit the model's forward", found=found, action=action) from error
-        return cls(args=args, kwargs=kwargs, arguments=dict(arguments), declared=frozenset(declared))
+        return cls(args=args, kwargs=kwargs, arguments=dict(arguments))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -92,9 +95,7 @@ class Call:
 
         def mapped(argument: str, value: Any) -> Any:
             parts = [change(name, part) for name, part in _parts(argument, value)]
-            if isinstance(value, tuple):
-                return tuple(parts)
-            return dict(zip(value, parts, strict=True)) if isinstance(value, Mapping) else parts[0]
+            return tuple(parts) if isinstance(value, tuple) else parts[0]
 
         return {argument: mapped(argument, value) for argument, value in self.arguments.items()}
 
@@ -112,6 +113,4 @@ _REST, _MORE = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 
 def _parts(argument: str, value: Any) -> list[tuple[str, Tensor]]:
     """The named tensors of one argument."""
-    if isinstance(value, tuple):
-        return [(f"{argument}_{place}", part) for place, part in enumerate(value)]
-    return list(value.items()) if isinstance(value, Mapping) else [(argument, value)]
+    return [(f"{argument}_{place}", part) for place, part in enumerate(value)] if isinstance(value, tuple) else [(argument, value)]

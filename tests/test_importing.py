@@ -149,15 +149,21 @@ def test_a_batch_that_cannot_be_opened_stays_fixed_with_a_note():
     torch.testing.assert_close(captured.module(*one)[0], net(*one), rtol=1e-4, atol=1e-4)
 
 
-def test_other_open_sizes_are_fixed_by_the_example(tmp_path: Path):
+@pytest.mark.parametrize("scale", [2.0, 1.5], ids=["whole scale", "half scale"])
+def test_other_open_sizes_stay_open_or_are_those_of_the_example_with_a_note(scale: float, tmp_path: Path):
     resize = 'y = Resize<mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor">(x, "", s)'
-    scales = np.array([1, 1, 2, 2], np.float32)
+    scales = np.array([1, 1, scale, scale], np.float32)
     path = written(tmp_path / "m.onnx", "float[N, 2, H, W] x", "float[N, 2, H2, W2] y", resize, s=scales)
-    loaded, x = load_model(path), torch.rand(2, 2, 5, 7)
+    loaded, x = load_model(path), torch.rand(2, 2, 6, 8)
     assert isinstance(loaded, nn.Module) and not isinstance(loaded, ExportedProgram)
-    captured = capture(loaded, x)
-    assert captured.inputs[0].shape == (None, 2, 5, 7)
-    torch.testing.assert_close(captured.module(x)[0], nn.functional.interpolate(x, scale_factor=2.0))
+    captured, fixed = capture(loaded, x), capture(loaded, x, {})
+    assert fixed.inputs[0].shape == (None, 2, 6, 8) and not fixed.notes
+    if scale == 2:
+        assert captured.inputs[0].names == {0: "batch", 2: "H", 3: "W"} and not captured.notes
+        x = torch.rand(3, 2, 5, 11)
+    else:
+        assert captured.inputs == fixed.inputs and "does not leave 'H' open" in captured.notes[0]
+    torch.testing.assert_close(captured.module(x)[0], nn.functional.interpolate(x, scale_factor=scale))
 
 
 FLOATS = "float[N, 4] x"

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from qdeploy.errors import CaptureError
 from qdeploy.importing.table import operator
+from qdeploy.importing.values import is_symbolic
 
 Ints = Sequence[int] | None
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
@@ -263,8 +264,14 @@ def resize(
     factors: dict[int, Any] = {}
     lengths: dict[int, Any] = {}
     for at, axis in enumerate(along):
-        lengths[axis] = sizes[at] if sizes else math.floor(x.shape[axis] * scales[at]) if axis > 1 or scales[at] != 1 else x.shape[axis]
-        factors[axis] = scales[at] if not sizes else lengths[axis] / x.shape[axis] if axis > 1 else 1.0
+        lengths[axis] = sizes[at] if sizes else _length(x.shape[axis], scales[at])
+        factors[axis] = (
+            scales[at]
+            if not sizes
+            else None
+            if axis < 2 or is_symbolic([lengths[axis], x.shape[axis]])
+            else lengths[axis] / x.shape[axis]
+        )
     if any(axis < 2 and not isinstance(lengths[axis], torch.SymInt) and lengths[axis] != x.shape[axis] for axis in lengths):
         raise CaptureError("resizing of batch or channels is not supported", found=[*lengths.values()])
     wanted = [lengths.get(axis, x.shape[axis]) for axis in range(2, x.dim())]
@@ -279,10 +286,15 @@ def upsample(x: Tensor, given: Any = None, *, mode: str = "nearest", scales: Any
     return resize(x, scales if given is None else given, mode=mode, opset=10)
 
 
-def _smooth(x: Tensor, wanted: list[Any], scale: list[float], mode: str, how: str) -> Tensor:
+def _length(size: Any, scale: float) -> Any:
+    """A size times a scale; a whole one leaves an open size open."""
+    return size * int(scale) if scale == int(scale) else math.floor(size * scale)
+
+
+def _smooth(x: Tensor, wanted: list[Any], scale: list[float | None], mode: str, how: str) -> Tensor:
     names = {"linear": ("linear", "bilinear", "trilinear"), "cubic": ("", "bicubic", "")}.get(mode, ("", "", ""))
     name = names[_sides(x) - 1]
-    exact = all(w == s * f for w, s, f in zip(wanted, x.shape[2:], scale, strict=True))
+    exact = all(f is None or w == s * f for w, s, f in zip(wanted, x.shape[2:], scale, strict=True))
     pixel = how == "half_pixel" or (how == "pytorch_half_pixel" and all(w > 1 for w in wanted))
     if not name or not (how == "align_corners" or (pixel and exact)):
         raise CaptureError(
@@ -293,15 +305,26 @@ def _smooth(x: Tensor, wanted: list[Any], scale: list[float], mode: str, how: st
     return F.interpolate(x, size=wanted, mode=name, align_corners=how == "align_corners")
 
 
-def _nearest(x: Tensor, wanted: list[Any], scale: list[float], how: str, rounding: str) -> Tensor:
-    picks = [_picked(size, want, f, how, rounding) for size, want, f in zip(x.shape[2:], wanted, scale, strict=True)]
-    plain = [[at * size // want for at in range(want)] for size, want in zip(x.shape[2:], wanted, strict=True)]
-    if picks == plain:
+def _nearest(x: Tensor, wanted: list[Any], scale: list[float | None], how: str, rounding: str) -> Tensor:
+    sides = list(zip(x.shape[2:], wanted, scale, strict=True))
+    if all(_is_plain(size, want, f, how, rounding) for size, want, f in sides):
         return F.interpolate(x, size=wanted, mode="nearest")
-    for axis, indices in enumerate(picks, start=2):
+    for axis, (size, want, f) in enumerate(sides, start=2):
+        indices = _picked(size, want, want / size if f is None else f, how, rounding)
         if indices != list(range(x.shape[axis])):
             x = x.index_select(axis, torch.tensor(indices))
     return x
+
+
+def _is_plain(size: Any, wanted: Any, scale: float | None, how: str, rounding: str) -> bool:
+    """Whether torch's own nearest neighbours are meant: number `at * size // wanted` for each `at`."""
+    if not is_symbolic([size, wanted]):
+        picked = _picked(size, wanted, wanted / size if scale is None else scale, how, rounding)
+        return picked == [at * size // wanted for at in range(wanted)]
+    if scale is None:
+        return how == "asymmetric" and rounding == "floor"
+    # of a whole scale, the pattern of one element repeats
+    return scale == int(scale) and how != "align_corners" and _is_plain(2, 2 * int(scale), scale, how, rounding)
 
 
 _ROUND: dict[str, Callable[[float], int]] = {

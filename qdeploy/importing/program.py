@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
+from qdeploy.dimensions import BATCH, MARK
 from qdeploy.errors import CaptureError, InputError, QDeployError
 from qdeploy.importing import fuse
 from qdeploy.importing.elementwise import torch_dtype
@@ -20,8 +22,8 @@ from qdeploy.importing.read import read
 def load(path: Path) -> ExportedProgram | fx.GraphModule:
     """The model in the ONNX file at `path`.
 
-    An exported program, whose batch is open where the file's is; where other sizes are open as well, the module, for the caller's
-    example to fix them. Raises `InputError` and `CaptureError` with the node that cannot be imported.
+    An exported program, whose batch is open where the file's is; where other sizes are open as well, the module, to be exported with
+    the caller's example, and what is open in its `meta`. Raises `InputError` and `CaptureError` with the node that cannot be imported.
     """
     model = read(path)
     inputs = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
@@ -34,6 +36,7 @@ def load(path: Path) -> ExportedProgram | fx.GraphModule:
         raise type(error)(f"'{path}': {error}") from error
     fuse.fuse(module)
     if any(size is None for shape in shapes for size in shape[1:]):
+        module.meta[MARK] = _left_open(module, inputs)
         return module
     example = tuple(_example(value, shape) for value, shape in zip(inputs, shapes, strict=True))
     return _export(path, module, example, shapes)
@@ -46,6 +49,19 @@ def _shape(path: Path, value: ir.Value) -> list[int | None]:
             f"'{path}': input '{value.name}' must be a tensor with known dimensions", found=found, action="export it again"
         )
     return [size if isinstance(size, int) else None for size in value.shape]
+
+
+def _left_open(module: fx.GraphModule, inputs: Sequence[ir.Value]) -> dict[str, dict[int, str]]:
+    """The sizes beyond the batch that the file leaves open, by the module's inputs, with the file's names where these are usable."""
+    found: dict[str, dict[int, str]] = {}
+    for node, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        assert value.shape is not None
+        for dimension, size in enumerate(value.shape):
+            if dimension and not isinstance(size, int):
+                name = str(size.value or "")
+                usable = name.isidentifier() and name != BATCH
+                found.setdefault(node.name, {})[dimension] = name if usable else f"{node.name}_{dimension}"
+    return found
 
 
 def _example(value: ir.Value, shape: list[int | None]) -> Tensor:
