@@ -231,7 +231,7 @@ def convert(prepared: Prepared, out: str | Path, file_format: str | None = None)
         "seed": prepared.seed,
         "calibration_samples": prepared.samples_seen,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")},
-        "notes": [*prepared.captured.notes, *note, *prepared.warnings(reference)],
+        "notes": [*prepared.captured.notes, *note, *_open_sizes(prepared), *prepared.warnings(reference)],
         "float_bytes": float_bytes,
         "inputs": [asdict(spec) for spec in prepared.captured.inputs],
         "outputs": outputs.names(prepared.captured.module),
@@ -241,6 +241,17 @@ def convert(prepared: Prepared, out: str | Path, file_format: str | None = None)
         "encodings": [encoding.to_json() for encoding in encodings],
     }
     return artifact.write(out, files, manifest)
+
+
+def _open_sizes(prepared: Prepared) -> list[str]:
+    """What a toolchain must be told that compiles for one size."""
+    places: dict[str, list[str]] = {}
+    for spec in prepared.captured.inputs:
+        for dimension, name in spec.names.items():
+            if dimension:
+                places.setdefault(name, []).append(f"dimension {dimension} of '{spec.name}'")
+    listed = "; ".join(f"{name} is {' and '.join(found)}" for name, found in places.items())
+    return [f"open sizes, which the toolchain must be told if it compiles for one size: {listed}"] if places else []
 
 
 def verify(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -341,3 +343,58 @@ def test_outputs_have_the_keys_of_the_model_in_file_manifest_and_encodings(backe
         np.testing.assert_allclose(made, wanted.numpy(), rtol=1e-6, atol=1e-6)
     assert {"x", "logits"} <= {encoding.tensor for encoding in Artifact.open(tmp_path / "out").encodings} | {"logits"}
     assert qdeploy.verify(artifact, runtime="onnxruntime").passed
+
+
+ZOO = """
+import torch
+from torch import nn
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+    def forward(self, left, right=None, gain=None):
+        return {"scores": self.fc(left * 2) if gain is None else self.fc(left * gain)}
+
+def make():
+    torch.manual_seed(0)
+    return Pair()
+"""
+
+
+def command(tmp_path: Path, arrays: Mapping[str, np.ndarray], *more: str) -> tuple[int, str]:
+    """Exit status and errors of `qdeploy quantize` on the model above."""
+    (tmp_path / "zoo.py").write_text(ZOO)
+    np.savez(tmp_path / "data.npz", **arrays)
+    words = ["quantize", "zoo.py:make", "--backend", "onnxruntime", "--data", "data.npz", "--recipe", "fast", "--out", "out", *more]
+    program = [sys.executable, "-c", "from qdeploy.cli import main; main()", *words, "--runtime", "onnxruntime:none"]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, done.stderr
+
+
+def test_the_command_line_takes_arrays_by_name_and_leaves_sizes_open(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    arrays = {"gain": random.random((6, 1, 4), np.float32), "left": random.random((6, 5, 4), np.float32)}
+    status, errors = command(tmp_path, arrays, "--dynamic", "left:1=rows")
+    assert status == 0, errors
+    artifact = Artifact.open(tmp_path / "out")
+    assert dims(artifact.model) == {"left": ["batch", "rows", 4], "gain": ["batch", 1, 4], "scores": ["batch", "rows", 3]}
+    assert any("rows is dimension 1 of 'left'" in note for note in artifact.manifest["notes"])
+    torch.manual_seed(0)
+    wanted = nn.Linear(4, 3)(torch.from_numpy(arrays["left"] * arrays["gain"])).detach()  # by place, gain would be right
+    assert_same([artifact.reference()["float.scores"]], [wanted])
+
+
+@pytest.mark.parametrize(
+    ("names", "dynamic", "message"),
+    [
+        (("left", "gain"), "left=rows", "--dynamic is wrong; found: 'left=rows'; allowed: INPUT:DIMENSION=NAME"),
+        (("left", "gain"), "lefft:1=rows", "unknown input 'lefft'; allowed: left, gain; to do: did you mean 'left'?"),
+        (("left", "gain"), "left:7=rows", "no dimension 7 of input 'left'; found: 7; allowed: 1 to 2"),
+        (("left", "wrong"), "left:1=rows", "not named as the model's inputs; found: left, wrong; allowed: left, right, gain"),
+    ],
+    ids=["no dimension", "unknown", "out of range", "arrays"],
+)
+def test_the_command_line_refuses_names_that_there_are_not(names: tuple[str, str], dynamic: str, message: str, tmp_path: Path) -> None:
+    status, errors = command(tmp_path, {name: np.ones((4, 5, 4), np.float32) for name in names}, "--dynamic", dynamic)
+    assert status == 2 and errors.startswith("error: ") and message in errors
