@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import onnx_ir as ir
-import onnxscript
 import torch
 from torch import fx
 
@@ -32,6 +30,7 @@ from qdeploy.ops import MAX_POOL, MOVE
 from qdeploy.prepared import Prepared
 from qdeploy.quantizer import Average
 from qdeploy.spec import Encoding
+from qdeploy.translate import table
 
 _KEEP = (MOVE | MAX_POOL) - {"pad"}
 """Ops whose outputs are some of their inputs' values."""
@@ -77,7 +76,7 @@ def _export(captured: Captured, opset: int) -> ir.Model:
                 dynamo=True,
                 dynamic_shapes=shapes if any(shapes) else None,
                 opset_version=opset,
-                custom_translation_table=_translations(module),
+                custom_translation_table={torch.ops.qdeploy.edge.default: edges.translate, **table(module)},
                 input_names=[spec.name for spec in captured.inputs],
                 verbose=False,
             )
@@ -214,19 +213,6 @@ def _confine(value: ir.Value, encoding: Encoding) -> None:
         scale, zero = torch.from_numpy(encoding.scale.copy()), torch.from_numpy(encoding.zero_point.copy())
         confined = arith.fake_quantize(torch.from_numpy(np.array(array)), scale, zero, encoding.spec).numpy()
     value.const_value = ir.tensor(confined, name=value.name)
-
-
-def _translations(module: fx.GraphModule) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """What the exporter must translate our way: the marker, and adaptive pooling, which it would spell with strides and Gather."""
-    table: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.qdeploy.edge.default: edges.translate}
-    pools = [n for n in module.graph.nodes if str(n.target) == "aten.adaptive_avg_pool2d.default"]
-    if pools and all(list(n.args[1]) == [1, 1] for n in pools):
-        table[torch.ops.aten.adaptive_avg_pool2d.default] = _global_average_pool
-    return table
-
-
-def _global_average_pool(x: Any, output_size: Any) -> Any:
-    return onnxscript.opset21.GlobalAveragePool(x)
 
 
 @contextmanager

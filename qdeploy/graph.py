@@ -17,8 +17,13 @@ from qdeploy.ops import CONVOLUTION, MEAN_POOL, Op
 
 
 def op_of(node: fx.Node) -> Op:
-    """The canonical op of a call node. A clamp to (0, 6) is `relu6`, one to (0, nothing) is `relu`, whichever overload says it."""
+    """The canonical op of a call node. A clamp to (0, 6) is `relu6`, one to (0, nothing) is `relu`, whichever overload says it.
+
+    Both ops of x sigmoid(x) are `silu`: some targets compute the two as one.
+    """
     op = ops.find(str(node.target))
+    if op.name in ("sigmoid", "mul") and _is_silu(node, op.name):
+        return ops.find("aten.silu.default")
     if op.name != "clamp":
         return op
     bounds = dict(zip(("min", "max"), node.args[1:], strict=False)) | node.kwargs
@@ -28,6 +33,18 @@ def op_of(node: fx.Node) -> Op:
     if limits == (0, 6):
         return ops.find("aten.relu6.default")
     return ops.find("aten.relu.default") if limits == (0, None) else op
+
+
+def _is_silu(node: fx.Node, name: str) -> bool:
+    """Whether a sigmoid or a product is part of x sigmoid(x), of which nothing else reads the sigmoid."""
+    if name == "mul":
+        factors = node.all_input_nodes
+        return len(factors) == 2 and any(
+            str(gate.target) == "aten.sigmoid.default" and gate.args[0] is other and len(gate.users) == 1
+            for gate, other in (factors, factors[::-1])
+        )
+    (user,) = node.users if len(node.users) == 1 else (None,)
+    return user is not None and str(user.target) == "aten.mul.Tensor" and node.args[0] in user.all_input_nodes
 
 
 def value(node: fx.Node) -> object:

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from qdeploy import graph
 from qdeploy.backend import Backend, OpRule
-from qdeploy.ops import COMPUTE
+from qdeploy.ops import COMPUTE, EVERY
 from qdeploy.spec import QuantSpec, Role
 
 
@@ -186,9 +186,16 @@ class _Planner:
         op = self.op[node]
         parameters = {graph.argument(node, position) for position in (op.weight, op.bias)}
         constant = {p for p in parameters if p is not None and p.op == "get_attr"}
-        if op.kind == "norm":  # its parameters are its own business: only what flows in is quantized
-            constant |= {n for n in node.all_input_nodes if n.op == "get_attr"}
+        if op.kind == "norm":
+            constant |= {n for n in node.all_input_nodes if n.op == "get_attr"} - self._gains(node)
         return [n for n in node.all_input_nodes if (graph.is_float(n) or self._is_split(n)) and n not in constant]
+
+    def _gains(self, norm: fx.Node) -> set[fx.Node]:
+        """The scale and shift of a norm, where the target computes every op with integers; statistics are never quantized."""
+        at = {"layer_norm": slice(2, 4), "group_norm": slice(2, 4), "instance_norm": slice(1, 3)}.get(self.op[norm].name)
+        if at is None or not any(rule.ops == EVERY for rule in self.backend.rules):
+            return set()
+        return {argument for argument in norm.args[at] if isinstance(argument, fx.Node)}
 
     def _is_split(self, node: fx.Node) -> bool:
         """Whether `node` makes the tuple of parts of one tensor, through which an encoding is carried as through any share op."""

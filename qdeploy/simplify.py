@@ -79,7 +79,85 @@ def attention(
     return torch.matmul(torch.softmax(scores, -1), value)
 
 
-DECOMPOSITIONS = {torch.ops.aten.scaled_dot_product_attention.default: attention}
+def addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """A linear layer whose weight is stored the other way round, as in GPT-2; with factors a product and a sum."""
+    if bias.dim() == 1 and beta == 1 and alpha == 1:
+        return torch.nn.functional.linear(x, weight.t(), bias)
+    return baddbmm(bias, x, weight, beta=beta, alpha=alpha)
+
+
+def baddbmm(start: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """A sum and a matrix product."""
+    product = torch.matmul(a, b)
+    return (start if beta == 1 else start * beta) + (product if alpha == 1 else product * alpha)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x): ONNX has no operator for it, so that targets meet the sigmoid as a tensor of its own."""
+    return x * torch.sigmoid(x)
+
+
+def glu(x: Tensor, dim: int = -1) -> Tensor:
+    """One half of the channels, gated by the other."""
+    half = x.shape[dim] // 2
+    first, second = torch.split(x, half, dim)
+    return first * torch.sigmoid(second)
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """By way of the sigmoid, as ONNX has it."""
+    return torch.log(torch.sigmoid(x))
+
+
+def rms_norm(x: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) times the weight."""
+    squares = (x * x).mean(tuple(range(-len(normalized_shape), 0)), keepdim=True)
+    made = x * rsqrt(squares + (torch.finfo(x.dtype).eps if eps is None else eps))
+    return made if weight is None else made * weight
+
+
+def rsqrt(x: Tensor) -> Tensor:
+    """By way of the root, as ONNX has it."""
+    return torch.reciprocal(torch.sqrt(x))
+
+
+def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Any:
+    """log(1 + exp(beta x)) / beta, of the one with beta = 1, for which ONNX has an operator."""
+    if beta == 1 or threshold < 15:  # below 15 it is another function: x itself from there on
+        return NotImplemented
+    return torch.nn.functional.softplus(x * beta) / beta
+
+
+def channel_shuffle(x: Tensor, groups: int) -> Tensor:
+    """The channels of all groups in turn, by moving alone."""
+    batch, channels, *sides = x.shape
+    return x.reshape(batch, groups, channels // groups, *sides).transpose(1, 2).reshape(batch, channels, *sides)
+
+
+def pixel_unshuffle(x: Tensor, downscale_factor: int) -> Tensor:
+    """Squares of pixels become channels, by moving alone; the operator of ONNX has them in another order."""
+    r = downscale_factor
+    *lead, channels, height, width = x.shape
+    parts = x.reshape(*lead, channels, height // r, r, width // r, r)
+    axes = [parts.dim() + axis for axis in (-5, -3, -1, -4, -2)]
+    return parts.permute(*range(len(lead)), *axes).reshape(*lead, channels * r * r, height // r, width // r)
+
+
+DECOMPOSITIONS = {
+    torch.ops.aten.scaled_dot_product_attention.default: attention,
+    torch.ops.aten.addmm.default: addmm,
+    torch.ops.aten.baddbmm.default: baddbmm,
+    torch.ops.aten.silu.default: silu,
+    torch.ops.aten.glu.default: glu,
+    torch.ops.aten.log_sigmoid.default: log_sigmoid,
+    torch.ops.aten.rms_norm.default: rms_norm,
+    torch.ops.aten.rsqrt.default: rsqrt,
+    torch.ops.aten.softplus.default: softplus,
+    torch.ops.aten.channel_shuffle.default: channel_shuffle,
+    torch.ops.aten.pixel_unshuffle.default: pixel_unshuffle,
+}
+"""Ops in the words that `ops` knows, and what ONNX has no operator for in ops that it has: else an artifact has tensors inside of an
+op, which have no encoding."""
 
 
 def soften_masks(module: fx.GraphModule) -> int:
@@ -129,9 +207,10 @@ def fold_constants(module: fx.GraphModule) -> int:
             continue
         key = made.dtype, made.shape, hashlib.sha256(made.detach().contiguous().cpu().numpy().tobytes()).digest()
         if key not in fetched:  # every layer may compute the same
-            graph.set_constant(module, f"constants.{node.name}", made.detach().clone())
+            path = _constant_path(node)
+            graph.set_constant(module, path, made.detach().clone())
             with module.graph.inserting_before(node):
-                fetched[key] = module.graph.get_attr(f"constants.{node.name}")
+                fetched[key] = module.graph.get_attr(path)
             fetched[key].meta = {"val": made.detach()}
         node.replace_all_uses_with(fetched[key])
     graph.finish(module)
@@ -186,15 +265,30 @@ def _in_order(node: fx.Node) -> bool:
     return str(node.target) == "aten.transpose.int" and given[0] == given[1]
 
 
+def _constant_path(node: fx.Node) -> str:
+    """Where a computed constant is kept: beside the one parameter that it is turned from, if it is no more than that."""
+    sources = node.all_input_nodes
+    turned = len(sources) == 1 and sources[0].op == "get_attr" and len(sources[0].users) == 1 and graph.op_of(node).name == "transpose"
+    return f"{sources[0].target}_transposed" if turned else f"constants.{node.name}"
+
+
 def _repeats(node: fx.Node) -> bool:
     """Whether an op makes the same whenever it is called."""
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded not in node.target.tags
 
 
 def loosen_views(module: fx.GraphModule) -> int:
-    """Make reshapes of views: a view asks for one layout in memory, which a dropped clone made, and other layouts are faster."""
+    """Make reshapes of views: a view asks for one layout in memory, which a dropped clone made, and other layouts are faster.
+
+    Of the two ops of a silu, the sigmoid is told apart by a name of its own, so that the other keeps that of its module.
+    """
     count = 0
     for node in module.graph.nodes:
+        if str(node.target) == "aten.sigmoid.default" and graph.op_of(node).name == "silu":
+            stack = list((node.meta.get("nn_module_stack") or {}).values())
+            custom = node.meta.get("custom") or {}
+            path, _ = custom.get("scope") or (stack[-1] if stack else ("", ""))
+            node.meta["custom"] = custom | {"scope": (f"{path or 'silu'}.sigmoid", "torch.nn.Sigmoid")}
         if node.op == "call_function" and str(node.target) in ("aten.view.default", "aten._unsafe_view.default"):
             node.target = torch.ops.aten.reshape.default
             count += 1

@@ -39,7 +39,7 @@ LEVELS = (
         "prepared",
     ),
     ("flow", "regions", "algorithm", "reconstruct", "blockwise", "distill", "cookbook", "tuning", "onepass"),
-    ("functions", "lower", "onnxfile", "artifact", "edges", "emit", "runtimes", "verification"),
+    ("functions", "lower", "onnxfile", "artifact", "edges", "translate", "emit", "runtimes", "verification"),
     ("importing", "files"),
     ("targets", "api", "screen", "arguments", "cli"),
 )

@@ -293,3 +293,76 @@ def test_the_share_of_quantized_work_is_by_multiply_accumulates() -> None:
     up = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 4, 2)).eval()
     share = qdeploy.prepare(up, torch.randn(2, 3, 5, 5), "ncnn", recipe="plain").plan.share
     assert share == pytest.approx(3 * 4 * 25 / (3 * 4 * 25 + 4 * 4 * 4 * 25))
+
+
+WIDE = torch.linspace(-30, 30, 8 * 36).view(8, 36)
+SPELLED = {
+    "silu": (F.silu, (1, 8, 6, 6)),
+    "glu": (lambda x: F.glu(x, 1), (1, 8, 6, 6)),
+    "log_sigmoid": (F.logsigmoid, (1, 8, 6, 6)),
+    "rms_norm": (lambda x: F.rms_norm(x, (6, 6), eps=1e-5), (1, 8, 6, 6)),
+    "rms_norm of float32's own epsilon": (lambda x: F.rms_norm(x, (6,), WIDE[0, :6]), (1, 8, 6, 6)),
+    "rsqrt": (lambda x: torch.rsqrt(x * x + 1), (1, 8, 6, 6)),
+    "softplus": (F.softplus, (1, 8, 6, 6)),
+    "softplus of a slope": (lambda x: F.softplus(x, 3.0), (1, 8, 6, 6)),
+    "softplus of an early end": (lambda x: F.softplus(x, 2.0, 1.0), (1, 8, 6, 6)),
+    "channel_shuffle": (lambda x: torch.channel_shuffle(x, 4), (1, 8, 6, 6)),
+    "channel_shuffle of sequences": (lambda x: torch.channel_shuffle(x, 2), (1, 8, 36)),
+    "pixel_unshuffle": (lambda x: F.pixel_unshuffle(x, 3), (1, 8, 6, 6)),
+    "pixel_unshuffle, batched twice": (lambda x: F.pixel_unshuffle(x, 2), (1, 2, 4, 6, 6)),
+    "addmm": (lambda x: torch.addmm(WIDE[0, :5], x, WIDE[:, :5]), (1, 8)),
+    "addmm with factors": (lambda x: torch.addmm(WIDE[0, :5], x, WIDE[:, :5], beta=0.5, alpha=2.0), (1, 8)),
+    "baddbmm": (lambda x: torch.baddbmm(x, x, x.transpose(1, 2), beta=0.5, alpha=0.1), (1, 6, 6)),
+}
+
+
+class Spelled(nn.Module):
+    """One op, and a sum behind it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.op, _ = SPELLED[name]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x) + 1
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_an_op_in_other_words_computes_the_same_and_is_gone(name: str) -> None:
+    model, (_, shape) = Spelled(name), SPELLED[name]
+    x = torch.cat([torch.linspace(-25, 25, math.prod(shape)).view(shape), tensors(*shape)[0]])
+    captured = capture(model, x)
+    torch.testing.assert_close(captured.module(x), model(x), rtol=1e-5, atol=1e-5)
+    kind = name.split()[0].strip(",")
+    names = {str(node.target).removeprefix("aten.").split(".")[0] for node in captured.module.graph.nodes}
+    assert kind not in names or kind == "softplus"
+
+
+def test_the_ops_of_a_silu_are_quantized_where_the_target_computes_every_op_and_stay_together_where_it_does_not() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SiLU(), nn.Conv2d(4, 4, 1)).eval()
+    for target, parts in (("snpe", {"1", "1.sigmoid"}), ("openvino", {"1"})):
+        plan = qdeploy.prepare(model, torch.randn(2, 3, 4, 4), target, "plain").plan
+        assert {t.tensor for t in plan.quantized if t.op == "silu"} == parts
+
+
+def test_the_weights_of_gpt2s_layers_are_quantized_and_keep_their_place() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x, self.weight)
+
+    plan = qdeploy.prepare(nn.Sequential(Layer(), nn.ReLU()), torch.randn(2, 6), "tensorrt", "plain").plan
+    (weight,) = (t for t in plan.quantized if t.role == "weight")
+    assert weight.tensor == "0.weight_transposed" and weight.op == "linear" and plan.share == 1
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(6), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)], ids=lambda n: type(n).__name__
+)
+def test_the_scale_and_shift_of_a_norm_are_quantized_where_the_target_computes_every_op_with_integers(norm: nn.Module) -> None:
+    for target, wanted in (("snpe", {"0.weight", "0.bias"}), ("tensorrt", set()), ("onnxruntime", set())):
+        plan = qdeploy.prepare(nn.Sequential(norm, nn.Conv2d(4, 4, 1)).eval(), torch.randn(2, 4, 6, 6), target, "plain").plan
+        assert {t.tensor for t in plan.quantized if t.role == "constant"} == wanted

@@ -2,10 +2,13 @@
 
     python tools/coverage.py --results coverage.json
     python tools/coverage.py --only resnet18,vit_tiny --backends snpe
+    python tools/coverage.py --round-trip
 
 Needs the extra `coverage` (timm, torchvision, transformers). Every family runs in a process of its own, with small inputs of random
-values. The table says for each target the share of multiply-accumulates that run quantized and whether ONNX Runtime agrees with the
-simulation; a family that fails says at which step and why. `--results` keeps what is measured, so that a later run goes on from there.
+values. The table says for each target the share of multiply-accumulates that run quantized, how many tensors that it computes in
+integers have no encoding (see `completeness`), and whether ONNX Runtime agrees with the simulation; a family that fails says at which
+step and why. With `--round-trip` every family goes through ONNX and back instead, float: exported by torch.onnx.export, run in ONNX
+Runtime and imported by qdeploy. `--results` keeps what is measured, so that a later run goes on from there.
 """
 
 from __future__ import annotations
@@ -18,13 +21,17 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_pipeline import machine, replace_block, table
+from completeness import missing
 from families import FAMILIES, Family
+from roundtrip import CLOSE, round_trip
 from torch import Tensor
 
 BACKENDS = ("snpe", "tensorrt", "openvino", "vitis")
@@ -47,12 +54,14 @@ def main() -> None:
     parser.add_argument("--only", help="names of families, with commas between")
     parser.add_argument("--backends", default=",".join(BACKENDS))
     parser.add_argument("--until", choices=("capture", "plan", "calibrate", "verify"), default="verify")
+    parser.add_argument("--round-trip", action="store_true", help="through ONNX and back, instead of through quantization")
     parser.add_argument("--results", type=Path, help="a JSON file of families already measured, to which new ones are added")
     parser.add_argument("--write", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(measured(FAMILIES[args.child], args.backends.split(","), args.until)))
+        steps = there_and_back if args.round_trip else partial(run, backends=args.backends.split(","), until=args.until)
+        print(json.dumps(measured(FAMILIES[args.child], steps)))
         return
     known: dict[str, Any] = json.loads(args.results.read_text()) if args.results is not None and args.results.is_file() else {}
     names = args.only.split(",") if args.only else list(FAMILIES)
@@ -61,19 +70,22 @@ def main() -> None:
             parser.error(f"no family '{name}'; there are {', '.join(FAMILIES)}")
         if name in known:
             continue
-        known[name] = in_child(name, args.backends, args.until)
+        options = ["--round-trip"] if args.round_trip else ["--backends", args.backends, "--until", args.until]
+        known[name] = in_child(name, options)
         print(f"{name}: {brief(known[name])}", file=sys.stderr, flush=True)
         if args.results is not None:
             args.results.write_text(json.dumps(known, indent=1))
-    text = f"{report({name: known[name] for name in names}, args.backends.split(','))}\n\n{machine()}"
+    chosen = {name: known[name] for name in names}
+    made = round_trips(chosen) if args.round_trip else report(chosen, args.backends.split(","))
+    text = f"{made}\n\n{machine()}"
     print(text)
     if args.write:
-        replace_block(args.write, "coverage", text)
+        replace_block(args.write, "coverage round trip" if args.round_trip else "coverage", text)
 
 
-def in_child(name: str, backends: str, until: str) -> dict[str, Any]:
+def in_child(name: str, options: list[str]) -> dict[str, Any]:
     """What one family gives, in a process of its own."""
-    command = [sys.executable, __file__, "--child", name, "--backends", backends, "--until", until]
+    command = [sys.executable, __file__, "--child", name, *options]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     except subprocess.TimeoutExpired:
@@ -84,13 +96,13 @@ def in_child(name: str, backends: str, until: str) -> dict[str, Any]:
     return result
 
 
-def measured(family: Family, backends: list[str], until: str) -> dict[str, Any]:
+def measured(family: Family, steps: Callable[[Family, Step, dict[str, Any]], None]) -> dict[str, Any]:
     """Run one family; what came of it, or the step and the error."""
     warnings.simplefilter("ignore")
     start, step = time.monotonic(), Step()
     result: dict[str, Any] = {"kind": family.kind}
     try:
-        run(family, backends, until, step, result)
+        steps(family, step, result)
     except Exception as error:  # whatever a family does to us is what this tool is for
         first = (str(error).strip().splitlines() or [""])[0]
         result |= {"step": step.name, "error": f"{type(error).__name__}: {first}"[:600]}
@@ -99,7 +111,21 @@ def measured(family: Family, backends: list[str], until: str) -> dict[str, Any]:
     return result | {"seconds": round(time.monotonic() - start, 1)}
 
 
-def run(family: Family, backends: list[str], until: str, step: Step, result: dict[str, Any]) -> None:
+def there_and_back(family: Family, step: Step, result: dict[str, Any]) -> None:
+    """One family through ONNX and back."""
+    torch.manual_seed(0)
+    model, batch = family.make().eval(), family.inputs(2, 0)
+    settle_statistics(model, [batch])
+
+    def at(name: str) -> None:
+        step.name = name
+
+    result |= round_trip(model, batch, at)
+    if result["difference"] > max(CLOSE, 2 * result["rounding"]):
+        raise AssertionError(f"the imported model differs from ONNX Runtime by {result['difference']:.1e} of the largest value")
+
+
+def run(family: Family, step: Step, result: dict[str, Any], backends: list[str], until: str) -> None:
     """All steps of one family, with what they give in `result`."""
     from qdeploy import api
 
@@ -123,12 +149,13 @@ def run(family: Family, backends: list[str], until: str, step: Step, result: dic
     api.calibrate_all(several, batches)
     if until == "calibrate":
         return
-    result["verify"], result["sqnr"] = {}, {}
+    result["verify"], result["sqnr"], result["missing"] = {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for one in several:
             name = one.backend.name
             step.name = f"emit for {name}"
             artifact = api.convert(one, Path(folder) / name)
+            result["missing"][name] = missing(artifact.path)
             step.name = f"verify for {name}"
             report = api.verify(artifact, runtime="onnxruntime", simulation=one)
             result["verify"][name] = report.passed
@@ -163,13 +190,18 @@ def brief(result: dict[str, Any]) -> str:
     """One line on one family."""
     if "error" in result:
         return f"FAILED at {result['step']}: {result['error']}"
+    if "difference" in result:
+        return f"ONNX round trip {result['difference']:.1e}, {'open' if result['open batch'] else 'fixed'} batch, {result['seconds']} s"
     shares = " ".join(f"{name} {100 * share:.1f}%" for name, share in result["share"].items())
+    gaps = {name: found[:3] for name, found in result.get("missing", {}).items() if found}
+    shares += f", missing {gaps}" if gaps else ""
     return f"{result['ops']} ops, {shares}, verify {result.get('verify')}, sqnr {result.get('sqnr')}, {result['seconds']} s"
 
 
 def passes(result: dict[str, Any], backend: str) -> bool:
-    """Whether a family is deployed as it is simulated, with its compute ops quantized."""
-    return "error" not in result and result["verify"][backend] and result["share"][backend] >= SHARE[result["kind"]]
+    """Whether a family is deployed as it is simulated, with its compute ops quantized and every encoding that the target needs."""
+    complete = "error" not in result and result["verify"][backend] and not result["missing"][backend]
+    return complete and result["share"][backend] >= SHARE[result["kind"]]
 
 
 def report(known: dict[str, Any], backends: list[str]) -> str:
@@ -182,10 +214,25 @@ def report(known: dict[str, Any], backends: list[str]) -> str:
         totals[kind] += 1
         counts[kind] += "error" not in result and all(passes(result, backend) for backend in backends if "verify" in result)
         cells = [cell(result, backend) for backend in backends]
-        why = f"{result['step']}: {result['error']}".replace("|", "/") if "error" in result else ""
-        rows.append([name, str(result.get("ops", "")), *cells, str(result.get("seconds", "")), why])
+        rows.append([name, str(result.get("ops", "")), *cells, str(result.get("seconds", "")), why(result)])
     lines = [f"{counts[kind]} of {totals[kind]} {kind} families pass all of {', '.join(backends)}." for kind in SHARE if totals[kind]]
     return "\n".join([*lines, "", table(rows)])
+
+
+def round_trips(known: dict[str, Any]) -> str:
+    """The table of what went through ONNX and back."""
+    rows = [["family", "ONNX round trip", "torch to ONNX Runtime", "batch", "seconds", "what failed"]]
+    for name, result in known.items():
+        differences = [f"{result[key]:.1e}" if key in result else "" for key in ("difference", "rounding")]
+        batch = {True: "open", False: "fixed", None: ""}[result.get("open batch")]
+        rows.append([name, *differences, batch, str(result.get("seconds", "")), why(result)])
+    good = sum("error" not in result for result in known.values())
+    return f"{good} of {len(known)} families come back from ONNX.\n\n{table(rows)}"
+
+
+def why(result: dict[str, Any]) -> str:
+    """Where a family failed, and of what."""
+    return f"{result['step']}: {result['error']}".replace("|", "/") if "error" in result else ""
 
 
 def cell(result: dict[str, Any], backend: str) -> str:
@@ -195,7 +242,8 @@ def cell(result: dict[str, Any], backend: str) -> str:
     share = f"{100 * result['share'][backend]:.1f}%"
     if "verify" not in result or backend not in result["verify"]:
         return share
-    return share if result["verify"][backend] else f"{share}, verify failed"
+    gaps = len(result["missing"][backend])
+    return share + (f", {gaps} missing" if gaps else "") + ("" if result["verify"][backend] else ", verify failed")
 
 
 if __name__ == "__main__":
