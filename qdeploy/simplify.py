@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -134,6 +135,66 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     return x.reshape(batch, groups, channels // groups, *sides).transpose(1, 2).reshape(batch, channels, *sides)
 
 
+def unbind(x: Tensor, dim: int = 0) -> list[Tensor]:
+    """Every part along one dimension."""
+    return [x.select(dim, index) for index in range(x.shape[dim])]
+
+
+def roll(x: Tensor, shifts: list[int], dims: list[int] | None = None) -> Any:
+    """The end of every dimension in `dims` before its beginning, where their sizes are known."""
+    if not all(isinstance(size, int) for size in (x.shape[dim] for dim in dims or range(x.dim()))):
+        return NotImplemented
+    if not dims:
+        return roll(x.reshape(-1), shifts, [0]).reshape(x.shape)
+    for shift, dim in zip(shifts, dims, strict=True):
+        size = x.shape[dim]
+        start = (size - shift) % size
+        x = torch.cat([x.narrow(dim, start, size - start), x.narrow(dim, 0, start)], dim) if start else x
+    return x
+
+
+def stack(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """Along a new dimension."""
+    return torch.cat([tensor.unsqueeze(dim) for tensor in tensors], dim)
+
+
+def upsample_linear1d(x: Tensor, output_size: list[int] | None, align_corners: bool, scale_factors: list[float] | None) -> Tensor:
+    """By the resizing of an image that is one pixel high."""
+    sizes, factors = (None if given is None else [1, *given] for given in (output_size, scale_factors))
+    made: Tensor = torch.ops.aten.upsample_bilinear2d.vec(x.unsqueeze(2), sizes, align_corners, factors)
+    return made.squeeze(2)
+
+
+def adaptive_avg_pool1d(x: Tensor, output_size: list[int]) -> Any:
+    """A mean of everything, or pooling by windows of one length, where that divides the whole."""
+    if list(output_size) == [1]:
+        return x.mean(-1, keepdim=True)
+    kernel = _windows(x, output_size)
+    return NotImplemented if kernel is None else torch.nn.functional.avg_pool1d(x, kernel)
+
+
+def _adaptive_max_pool(sides: int) -> Callable[[Tensor, list[int]], Any]:
+    """Pooling by windows of one size, where they divide the whole; it has places as a second result."""
+
+    def pool(x: Tensor, output_size: list[int]) -> Any:
+        kernel = _windows(x, output_size)
+        if kernel is None:
+            return NotImplemented
+        functional: Any = torch.nn.functional
+        plain, placed = (getattr(functional, f"max_pool{sides}d{end}") for end in ("", "_with_indices"))
+        return plain(x, kernel), placed(x, kernel)[1]
+
+    return pool
+
+
+def _windows(x: Tensor, output_size: list[int]) -> list[int] | None:
+    """The windows of an adaptive pooling; None where they differ, or where the size of the input is open."""
+    before = x.shape[x.dim() - len(output_size) :]
+    if not all(isinstance(size, int) for size in before) or any(b % a for b, a in zip(before, output_size, strict=True)):
+        return None
+    return [int(b) // a for b, a in zip(before, output_size, strict=True)]
+
+
 def pixel_unshuffle(x: Tensor, downscale_factor: int) -> Tensor:
     """Squares of pixels become channels, by moving alone; the operator of ONNX has them in another order."""
     r = downscale_factor
@@ -153,6 +214,14 @@ DECOMPOSITIONS = {
     torch.ops.aten.rms_norm.default: rms_norm,
     torch.ops.aten.rsqrt.default: rsqrt,
     torch.ops.aten.softplus.default: softplus,
+    torch.ops.aten.unbind.int: unbind,
+    torch.ops.aten.stack.default: stack,
+    torch.ops.aten.upsample_linear1d.vec: upsample_linear1d,
+    torch.ops.aten.adaptive_avg_pool1d.default: adaptive_avg_pool1d,
+    torch.ops.aten.adaptive_max_pool1d.default: _adaptive_max_pool(1),
+    torch.ops.aten.adaptive_max_pool2d.default: _adaptive_max_pool(2),
+    torch.ops.aten.adaptive_max_pool3d.default: _adaptive_max_pool(3),
+    torch.ops.aten.roll.default: roll,
     torch.ops.aten.channel_shuffle.default: channel_shuffle,
     torch.ops.aten.pixel_unshuffle.default: pixel_unshuffle,
 }
@@ -280,10 +349,13 @@ def _repeats(node: fx.Node) -> bool:
 def loosen_views(module: fx.GraphModule) -> int:
     """Make reshapes of views: a view asks for one layout in memory, which a dropped clone made, and other layouts are faster.
 
-    Of the two ops of a silu, the sigmoid is told apart by a name of its own, so that the other keeps that of its module.
+    Of the two ops of a silu, the sigmoid is told apart by a name of its own, so that the other keeps that of its module. An average
+    whose last window ends outside is over what is inside; where there is no border, ONNX must not be told to count one.
     """
     count = 0
     for node in module.graph.nodes:
+        if graph.op_of(node).name.startswith("avg_pool") and len(node.args) > 4 and node.args[4] and not any(node.args[3]):
+            node.args = (*node.args[:5], False, *node.args[6:])
         if str(node.target) == "aten.sigmoid.default" and graph.op_of(node).name == "silu":
             stack = list((node.meta.get("nn_module_stack") or {}).values())
             custom = node.meta.get("custom") or {}

@@ -88,6 +88,8 @@ class Model:
     def is_number(self, name: str) -> bool:
         """Whether `name` is a single stored number, or one that the exporter repeats, as the scale of a norm that has none."""
         maker = self.made.get(name)
+        if maker is not None and maker.op_type == "ConstantOfShape":
+            return name not in self.known
         stored = maker.attribute[0].t if maker is not None and maker.op_type == "Constant" else self.stored.get(name)
         if stored is None:
             return False
@@ -164,7 +166,7 @@ _READERS: dict[str, Callable[[Any], Iterator[str]]] = {
 
 def _missing(model: Model, backend: Backend, in_float: dict[str, str]) -> Iterator[str]:
     for node in model.proto.graph.node:
-        if node.op_type in (*QUANTIZE, *DEQUANTIZE, "Constant") or _is_preparation(model, node):
+        if node.op_type in (*QUANTIZE, *DEQUANTIZE, "Constant", "ConstantOfShape") or _is_preparation(model, node):
             continue
         head = _head(model, backend, node)
         rule = _rule(model, backend, node if head is None else head)
