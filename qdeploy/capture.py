@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from qdeploy import dimensions, graph, outputs, simplify
+from qdeploy import decompose, dimensions, graph, outputs, simplify
 from qdeploy.dimensions import Dynamic
 from qdeploy.errors import CaptureError, InputError
 from qdeploy.signature import Batch, Call, ordered
@@ -57,7 +57,7 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Batch | None, dy
         program, opened = _from_module(model, call, dynamic, notes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, while it copies its programs
-        program = program.run_decompositions(simplify.DECOMPOSITIONS)
+        program = program.run_decompositions(decompose.DECOMPOSITIONS)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     outputs.check(module)

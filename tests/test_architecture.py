@@ -29,6 +29,7 @@ LEVELS = (
         "graph",
         "channels",
         "outputs",
+        "decompose",
         "simplify",
         "capture",
         "fold",

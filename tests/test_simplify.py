@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qdeploy
-from qdeploy import fold, graph, simplify
+from qdeploy import decompose, fold, graph
 from qdeploy.capture import capture
 from qdeploy.observer import MARGIN, MASK, unmasked
 
@@ -43,14 +43,14 @@ CASES = {
 def test_attention_is_the_op_it_stands_for(options: dict[str, object]) -> None:
     query, key, value = tensors(2, 4, 5, 8)
     wanted = F.scaled_dot_product_attention(query, key, value, **options)
-    assert torch.allclose(simplify.attention(query, key, value, **options), wanted, atol=1e-6)
+    assert torch.allclose(decompose.attention(query, key, value, **options), wanted, atol=1e-6)
 
 
 def test_fewer_heads_of_keys_serve_several_queries_each() -> None:
     query, _, _ = tensors(2, 4, 5, 8)
     _, key, value = tensors(2, 2, 5, 8)
     wanted = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
-    assert torch.allclose(simplify.attention(query, key, value, enable_gqa=True), wanted, atol=1e-6)
+    assert torch.allclose(decompose.attention(query, key, value, enable_gqa=True), wanted, atol=1e-6)
 
 
 class Attention(nn.Module):

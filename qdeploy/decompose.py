@@ -1,0 +1,193 @@
+"""Ops that `torch.export` keeps whole, in the ops that targets compute: attention, gates, products and norms.
+
+What ONNX has no operator for is spelled in operators that it has: else an artifact has tensors inside of an op, without an encoding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qdeploy.observer import MASK
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` in the ops that targets quantize: softmax((scale query) key^T + mask) value, in inference.
+
+    The ones of a mask of booleans are seen. With fewer heads `[..., H, S, D]` of keys and values each serves as many of the queries.
+    """
+    if enable_gqa and key.shape[-3] != query.shape[-3]:
+        times = query.shape[-3] // key.shape[-3]
+        key, value = (t.unsqueeze(-3).expand(*t.shape[:-2], times, *t.shape[-2:]).flatten(-4, -3) for t in (key, value))
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    # the product of codes stays next to the mask and the softmax, which many targets compute in float
+    scores = torch.matmul(query if factor == 1 else query * factor, key.transpose(-2, -1))
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = torch.where(attn_mask, scores, MASK)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return torch.matmul(torch.softmax(scores, -1), value)
+
+
+def addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """A linear layer whose weight is stored the other way round, as in GPT-2; with factors a product and a sum."""
+    if bias.dim() == 1 and beta == 1 and alpha == 1:
+        return torch.nn.functional.linear(x, weight.t(), bias)
+    return baddbmm(bias, x, weight, beta=beta, alpha=alpha)
+
+
+def baddbmm(start: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """A sum and a matrix product."""
+    product = torch.matmul(a, b)
+    return (start if beta == 1 else start * beta) + (product if alpha == 1 else product * alpha)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x): ONNX has no operator for it, so that targets meet the sigmoid as a tensor of its own."""
+    return x * torch.sigmoid(x)
+
+
+def glu(x: Tensor, dim: int = -1) -> Tensor:
+    """One half of the channels, gated by the other."""
+    half = x.shape[dim] // 2
+    first, second = torch.split(x, half, dim)
+    return first * torch.sigmoid(second)
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """By way of the sigmoid, as ONNX has it."""
+    return torch.log(torch.sigmoid(x))
+
+
+def rms_norm(x: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) times the weight."""
+    squares = (x * x).mean(tuple(range(-len(normalized_shape), 0)), keepdim=True)
+    made = x * rsqrt(squares + (torch.finfo(x.dtype).eps if eps is None else eps))
+    return made if weight is None else made * weight
+
+
+def rsqrt(x: Tensor) -> Tensor:
+    """By way of the root, as ONNX has it."""
+    return torch.reciprocal(torch.sqrt(x))
+
+
+def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Any:
+    """log(1 + exp(beta x)) / beta, of the one with beta = 1, for which ONNX has an operator."""
+    if beta == 1 or threshold < 15:  # below 15 it is another function: x itself from there on
+        return NotImplemented
+    return torch.nn.functional.softplus(x * beta) / beta
+
+
+def channel_shuffle(x: Tensor, groups: int) -> Tensor:
+    """The channels of all groups in turn, by moving alone."""
+    batch, channels, *sides = x.shape
+    return x.reshape(batch, groups, channels // groups, *sides).transpose(1, 2).reshape(batch, channels, *sides)
+
+
+def unbind(x: Tensor, dim: int = 0) -> list[Tensor]:
+    """Every part along one dimension."""
+    return [x.select(dim, index) for index in range(x.shape[dim])]
+
+
+def roll(x: Tensor, shifts: list[int], dims: list[int] | None = None) -> Any:
+    """The end of every dimension in `dims` before its beginning, where their sizes are known."""
+    if not all(isinstance(size, int) for size in (x.shape[dim] for dim in dims or range(x.dim()))):
+        return NotImplemented
+    if not dims:
+        return roll(x.reshape(-1), shifts, [0]).reshape(x.shape)
+    for shift, dim in zip(shifts, dims, strict=True):
+        size = x.shape[dim]
+        start = (size - shift) % size
+        x = torch.cat([x.narrow(dim, start, size - start), x.narrow(dim, 0, start)], dim) if start else x
+    return x
+
+
+def stack(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """Along a new dimension."""
+    return torch.cat([tensor.unsqueeze(dim) for tensor in tensors], dim)
+
+
+def upsample_linear1d(x: Tensor, output_size: list[int] | None, align_corners: bool, scale_factors: list[float] | None) -> Tensor:
+    """By the resizing of an image that is one pixel high."""
+    sizes, factors = (None if given is None else [1, *given] for given in (output_size, scale_factors))
+    made: Tensor = torch.ops.aten.upsample_bilinear2d.vec(x.unsqueeze(2), sizes, align_corners, factors)
+    return made.squeeze(2)
+
+
+def adaptive_avg_pool1d(x: Tensor, output_size: list[int]) -> Any:
+    """A mean of everything, or pooling by windows of one length, where that divides the whole."""
+    if list(output_size) == [1]:
+        return x.mean(-1, keepdim=True)
+    kernel = _windows(x, output_size)
+    return NotImplemented if kernel is None else torch.nn.functional.avg_pool1d(x, kernel)
+
+
+def _adaptive_max_pool(sides: int) -> Callable[[Tensor, list[int]], Any]:
+    """Pooling by windows of one size, where they divide the whole; it has places as a second result."""
+
+    def pool(x: Tensor, output_size: list[int]) -> Any:
+        kernel = _windows(x, output_size)
+        if kernel is None:
+            return NotImplemented
+        functional: Any = torch.nn.functional
+        plain, placed = (getattr(functional, f"max_pool{sides}d{end}") for end in ("", "_with_indices"))
+        return plain(x, kernel), placed(x, kernel)[1]
+
+    return pool
+
+
+def _windows(x: Tensor, output_size: list[int]) -> list[int] | None:
+    """The windows of an adaptive pooling; None where they differ, or where the size of the input is open."""
+    before = x.shape[x.dim() - len(output_size) :]
+    if not all(isinstance(size, int) for size in before) or any(b % a for b, a in zip(before, output_size, strict=True)):
+        return None
+    return [int(b) // a for b, a in zip(before, output_size, strict=True)]
+
+
+def pixel_unshuffle(x: Tensor, downscale_factor: int) -> Tensor:
+    """Squares of pixels become channels, by moving alone; the operator of ONNX has them in another order."""
+    r = downscale_factor
+    *lead, channels, height, width = x.shape
+    parts = x.reshape(*lead, channels, height // r, r, width // r, r)
+    axes = [parts.dim() + axis for axis in (-5, -3, -1, -4, -2)]
+    return parts.permute(*range(len(lead)), *axes).reshape(*lead, channels * r * r, height // r, width // r)
+
+
+DECOMPOSITIONS = {
+    torch.ops.aten.scaled_dot_product_attention.default: attention,
+    torch.ops.aten.addmm.default: addmm,
+    torch.ops.aten.baddbmm.default: baddbmm,
+    torch.ops.aten.silu.default: silu,
+    torch.ops.aten.glu.default: glu,
+    torch.ops.aten.log_sigmoid.default: log_sigmoid,
+    torch.ops.aten.rms_norm.default: rms_norm,
+    torch.ops.aten.rsqrt.default: rsqrt,
+    torch.ops.aten.softplus.default: softplus,
+    torch.ops.aten.unbind.int: unbind,
+    torch.ops.aten.stack.default: stack,
+    torch.ops.aten.upsample_linear1d.vec: upsample_linear1d,
+    torch.ops.aten.adaptive_avg_pool1d.default: adaptive_avg_pool1d,
+    torch.ops.aten.adaptive_max_pool1d.default: _adaptive_max_pool(1),
+    torch.ops.aten.adaptive_max_pool2d.default: _adaptive_max_pool(2),
+    torch.ops.aten.adaptive_max_pool3d.default: _adaptive_max_pool(3),
+    torch.ops.aten.roll.default: roll,
+    torch.ops.aten.channel_shuffle.default: channel_shuffle,
+    torch.ops.aten.pixel_unshuffle.default: pixel_unshuffle,
+}
+"""For `ExportedProgram.run_decompositions`."""
