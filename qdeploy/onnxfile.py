@@ -97,10 +97,12 @@ def _fold_shapes(model: onnx.ModelProto) -> int:
     made: dict[str, NDArray[Any]] = {}
     left = []
     for node in model.graph.node:
-        if node.op_type == "Shape" and node.input[0] in shapes and all(d.HasField("dim_value") for d in shapes[node.input[0]]):
+        asked = shapes.get(node.input[0]) if node.op_type == "Shape" else None
+        if asked is not None:
             attributes = {a.name: a.i for a in node.attribute}
-            whole = [d.dim_value for d in shapes[node.input[0]]]
-            made[node.output[0]] = np.array(whole[attributes.get("start", 0) : attributes.get("end", len(whole))], np.int64)
+            asked = asked[attributes.get("start", 0) : attributes.get("end", len(asked))]
+        if asked is not None and all(dimension.HasField("dim_value") for dimension in asked):
+            made[node.output[0]] = np.array([dimension.dim_value for dimension in asked], np.int64)
         elif any(name in made for name in node.input) and all(name in made or name in known for name in node.input):
             values = {name: made[name] if name in made else known[name] for name in node.input}
             made |= dict(zip(node.output, onnx.reference.ReferenceEvaluator(node).run(None, values), strict=True))

@@ -360,12 +360,14 @@ class _Feed:
             if not sizes or self.runtime.any_size:
                 return self.runtime.open(self.path, self.batch, self.variant)
             with tempfile.TemporaryDirectory() as folder:
-                for file in self.path.parent.iterdir():  # some runtimes read the scale file as well
-                    (Path(folder) / file.name).symlink_to(file.absolute())
-                copy = Path(folder) / self.path.name
-                copy.unlink()
                 every = sizes | {spec.names[0]: self.batch for spec in self.specs if 0 in spec.names}
-                onnx.save(with_sizes(onnx.load(self.path), every), copy)
+                copy = Path(folder) / self.path.name
+                for file in self.path.parent.iterdir():  # some runtimes read model.onnx and the scale file, for samples one by one
+                    if file.suffix == ".onnx":
+                        fixed = with_sizes(onnx.load(file), every if file == self.path else sizes)
+                        onnx.save(fixed, copy.with_name(file.name))
+                    else:
+                        copy.with_name(file.name).symlink_to(file.absolute())
                 return self.runtime.open(copy, self.batch, self.variant)
         except ArtifactError as error:
             raise _CannotOpen(str(error)) from error
