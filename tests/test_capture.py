@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import inspect
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import qdeploy
-from qdeploy import graph, simplify
+from qdeploy import graph, outputs, simplify
 from qdeploy.capture import Captured, capture
 from qdeploy.errors import CaptureError, InputError
 from qdeploy.fold import fold_batch_norms, untie_biases
@@ -377,3 +378,23 @@ def test_a_channel_shuffle_by_hand_still_runs_without_its_clone():
     with torch.no_grad():
         for given in (x, x.contiguous(memory_format=torch.channels_last)):
             assert torch.equal(module(given), module(x))
+
+
+Pair = collections.namedtuple("Pair", "mean spread")
+RETURNED: dict[str, tuple[Callable[..., object], list[str]]] = {
+    "a tensor": (lambda s, x: s.c(x), ["c"]),
+    "a tuple": (lambda s, x: (s.c(x), [s.c(x) * 2]), ["c", "mul"]),
+    "a named tuple": (lambda s, x: Pair(s.c(x), s.c(x) * 2), ["mean", "spread"]),
+    "a dict in a dict": (lambda s, x: {"a": {"b": s.c(x)}, "none": None, "count": 3}, ["a.b"]),
+}
+
+
+@pytest.mark.parametrize("case", RETURNED)
+def test_outputs_are_named_by_their_keys_or_by_their_modules(case: str):
+    compute, names = RETURNED[case]
+    assert outputs.names(capture(Lambda(compute, c=nn.Conv2d(3, 3, 1)).eval(), images(2)).module) == names
+
+
+def test_a_number_that_depends_on_the_inputs_is_no_output():
+    with pytest.raises(CaptureError, match="returns a number that depends on its inputs"):
+        capture(Lambda(lambda s, x: {"y": x * 2, "count": x.shape[0]}), images(2))
