@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 CLOSE = 1e-4
-"""Largest difference between ONNX Runtime and the imported model, where the model itself is no further away."""
+"""Largest difference between ONNX Runtime and the imported model, in largest absolute values of an output."""
 
 
 def round_trip(model: nn.Module, batch: tuple[Tensor, ...], at: Callable[[str], None]) -> dict[str, Any]:
