@@ -102,7 +102,7 @@ def trained(seed: int, scale: float = 1.0, ties: bool = False) -> dict[str, Prep
 @pytest.mark.parametrize("seed", range(3))
 def test_no_accumulator_of_a_layer_comes_near_a_tie_with_the_scales_as_they_are_stored(backend: str, seed: int):
     q = trained(seed, 10.0**seed)[backend].quantizers
-    source, output = exact(q["input_1"].scale), exact(q["1"].scale)
+    source, output = exact(q["input"].scale), exact(q["1"].scale)
     for weight in q["0.weight"].scale:
         ratio = source * exact(weight) / output
         denominator = ratio.limit_denominator(1 << 14).denominator
