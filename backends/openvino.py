@@ -1,7 +1,7 @@
 """Intel CPUs and GPUs by OpenVINO: uint8 asymmetric activations, int8 symmetric narrow per-channel weights, biases in float.
 
 Tensors that enter a layer, a pooling or an elementwise op are quantized; ops that only move data carry the encoding through, and all
-inputs of a concat share one. The output of the model stays in float.
+inputs of a concat share one. A residual add behind a linear layer is computed in float. The output of the model stays in float.
 Sources: OpenVINO documentation, "Low precision transformations"; NNCF, hardware setup of the CPU.
 """
 

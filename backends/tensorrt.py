@@ -2,7 +2,8 @@
 
 Only the tensors that enter a layer are quantized, once each, whoever reads them; what a layer makes stays in float until the next
 one reads it, and so does the model's output. A residual add is computed inside the convolution before it, so only its other branch,
-the skip, is quantized. Weights are narrow ([-127, 127]); activations saturate at -128, as QuantizeLinear does.
+the skip, is quantized; one behind a linear layer, as in transformers, is computed in float. Weights are narrow ([-127, 127]);
+activations saturate at -128, as QuantizeLinear does.
 
 Written, explicit: model.onnx with QuantizeLinear and DequantizeLinear. TensorRT computes what it says.
 Written, implicit: a float model.onnx with clipped weights, and the ranges of activations by tensor name, twice:

@@ -118,12 +118,13 @@ QDQ = Format(name="qdq")
 class Backend:
     """One target.
 
-    bias: "float"; "int32" at input scale x weight scale; or a spec of its own. residual: an add quantizes "both" branches or only
-    the "skip" branch, when the other one ends in a fused compute op. average: "shift" where average pooling multiplies and shifts
-    instead of dividing (see `arith.shift_average`). weight_bits, activation_bits: the widths that a user may choose. first_last_bits:
-    the width of the first and last layer's weights and inputs, where it is not the others'. weight_schemes: other specs of weights
-    that a user may choose. any_scheme: the user may choose any specs. formats: default first. runtimes: where the artifact can be
-    checked here, as NAME or NAME:VARIANT. vendor_runtime: the one of them that is the vendor's own. sources: where the facts are from.
+    bias: "float"; "int32" at input scale x weight scale; or a spec of its own. residual: an add quantizes "both" branches or only the
+    "skip" branch, when the other one ends in a convolution, and none behind a linear layer. average: "shift" where average pooling
+    multiplies and shifts instead of dividing (see `arith.shift_average`). weight_bits, activation_bits: the widths that a user may
+    choose. first_last_bits: the width of the first and last layer's weights and inputs, where it is not the others'. weight_schemes:
+    other specs of weights that a user may choose. any_scheme: the user may choose any specs. formats: default first. runtimes: where
+    the artifact can be checked here, as NAME or NAME:VARIANT. vendor_runtime: the one of them that is the vendor's own. sources:
+    where the facts are from.
     """
 
     name: str

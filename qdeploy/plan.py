@@ -4,7 +4,7 @@ Placement, in the order in which it is decided:
 
 1. An op reads quantized inputs, or makes a quantized output, where its rule in the backend says so.
 2. Between fused ops (conv2d + relu) there is no quantizer.
-3. A residual add with `residual = "skip"` leaves the branch in float that ends in a fused layer.
+3. A residual add with `residual = "skip"` leaves the branch in float that ends in a fused convolution, and both that of a linear layer.
 4. Ops that share (reshape, max pooling, concat ...) carry one encoding through; a need for it travels up to where the values arise.
 5. A layer whose input is quantized has a quantized weight, and a bias as the backend says.
 6. Where the backend widens the first and the last layer, the tensors that they read are widened as well.
@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from qdeploy import graph
 from qdeploy.backend import Backend, OpRule
-from qdeploy.ops import COMPUTE, EVERY
+from qdeploy.ops import COMPUTE, CONVOLUTION, EVERY
 from qdeploy.spec import QuantSpec, Role
 
 
@@ -219,9 +219,9 @@ class _Planner:
             return
         name = f"{self.op[node].name} {graph.tensor_name(node)}"
         if rule.inputs and head is None:
-            skipped = self._fused_branch(node)
+            skipped = self._float_branches(node)
             for source in self.data[node]:
-                if source is not skipped:
+                if source not in skipped:
                     self.edges.setdefault((source, node), f"input of {name}")
         fused_on = any(user in tails and tails[user] is node for user in node.users)
         if rule.output and graph.is_float(node) and not fused_on:
@@ -232,16 +232,19 @@ class _Planner:
         for user in node.users:
             self.edges.setdefault((node, user), reason)
 
-    def _fused_branch(self, node: fx.Node) -> fx.Node | None:
-        """The input of a residual add that the target computes inside the layer before it: the last layer in graph order."""
+    def _float_branches(self, node: fx.Node) -> list[fx.Node]:
+        """The inputs of a residual add that stay in float: the convolution before it, the last one in graph order, inside of which the
+        target computes the add; both, where the last layer is no convolution, since then it computes the add in float."""
         if self.backend.residual != "skip" or self.op[node].name != "add" or len(self.data[node]) != 2:
-            return None
-        fused = [n for n in self.data[node] if n in self.op and self.op[n].name in COMPUTE and len(n.users) == 1]
-        if not fused:
-            return None
-        branch = max(fused, key=self.order.__getitem__)
+            return []
+        layers = [n for n in self.data[node] if n in self.op and self.op[n].name in COMPUTE and len(n.users) == 1]
+        if not layers:
+            return []
+        branch = max(layers, key=self.order.__getitem__)
+        if self.op[branch].name not in CONVOLUTION:
+            return self.data[node]
         self.notes[branch] = f"fused: {self.op[branch].name} + residual add are one op on the target; only the skip branch is quantized"
-        return branch
+        return [branch]
 
     def _spread(self) -> None:
         """Carry demands through the ops that share, against the order of the graph so that once is enough, then along it."""

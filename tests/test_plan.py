@@ -178,6 +178,24 @@ def test_a_residual_add_quantizes_the_skip_branch_only(backend: str):
     assert decisions["c2"].spec is None and decisions["c1"].spec is not None, "the later of two layers takes the add in"
 
 
+class Stream(nn.Module):
+    """A residual sum behind a linear layer, and one of two that are no layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(torch.relu(x) + self.fc(x) + torch.tanh(x))
+
+
+@pytest.mark.parametrize("backend", where(lambda b: b.residual == "skip"))
+def test_a_residual_add_behind_a_linear_layer_stays_in_float(backend: str) -> None:
+    plan = qdeploy.prepare(Stream(), torch.zeros(2, 4), backend).plan
+    read = {tensor.tensor: tensor.readers for tensor in plan.quantized if tensor.role == "activation"}
+    assert read == {"x": ("fc",), "add": ("add_1",), "tanh": ("add_1",)}
+
+
 @pytest.mark.parametrize("backend", where(lambda b: b.residual == "both" and reads(b, "add")))
 @pytest.mark.parametrize("model", ["skip", "both"])
 def test_an_add_of_the_other_targets_quantizes_both_branches(backend: str, model: str):
