@@ -222,11 +222,20 @@ def _excused(model: Model, backend: Backend, node: onnx.NodeProto, name: str) ->
         return backend.bias == "float" or _is_bias_sum(model, node)
     if node.op_type == "Add" and _is_bias_sum(model, node):
         return True
-    maker = model.made.get(name)
-    if backend.residual == "skip" and node.op_type == "Add" and maker is not None:
-        layer = next((n for n in (maker, *_made_from(model, maker)) if n.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")), None)
-        return layer is not None and any(model.enters_encoded(other) for other in node.input if other != name)
+    if backend.residual == "skip" and node.op_type == "Add":
+        if any(_layer(model, one) in ("Gemm", "MatMul") for one in node.input):
+            return True
+        return _layer(model, name) is not None and any(model.enters_encoded(other) for other in node.input if other != name)
     return False
+
+
+def _layer(model: Model, name: str) -> str | None:
+    """The operator of the layer that makes `name` for one reader."""
+    maker = model.made.get(name)
+    if maker is None or len(model.readers[name]) > 1:
+        return None
+    made = (n.op_type for n in (maker, *_made_from(model, maker)))
+    return next((op for op in made if op in ("Conv", "ConvTranspose", "Gemm", "MatMul")), None)
 
 
 def _made_from(model: Model, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
