@@ -115,7 +115,7 @@ def there_and_back(family: Family, step: Step, result: dict[str, Any]) -> None:
     """One family through ONNX and back."""
     torch.manual_seed(0)
     model, batch = family.make().eval(), family.inputs(2, 0)
-    settle_statistics(model, [family.inputs(16, number) for number in range(2)])
+    settle_statistics(model, family.inputs(16, 0))
 
     def at(name: str) -> None:
         step.name = name
@@ -132,7 +132,7 @@ def run(family: Family, step: Step, result: dict[str, Any], backends: list[str],
     torch.manual_seed(0)
     model = family.make().eval()
     batches = [family.inputs(2, number) for number in range(2)]
-    settle_statistics(model, [family.inputs(16, number) for number in range(2)])
+    settle_statistics(model, family.inputs(16, 0))
     wanted = model(*batches[0])
     step.name = "capture"
     several = api.prepare_all(model, batches[0], backends, recipe=family.recipe)
@@ -164,21 +164,30 @@ def run(family: Family, step: Step, result: dict[str, Any], backends: list[str],
             result["sqnr"][name] = [round(float(row.sqnr), 1) for row in report.results if row.sqnr is not None]
 
 
-def settle_statistics(model: torch.nn.Module, batches: list[tuple[Tensor, ...]]) -> None:
-    """Give batch norms the statistics of the data, with those of an untrained network values die out or explode, and zeros values."""
+def settle_statistics(model: torch.nn.Module, batch: tuple[Tensor, ...]) -> None:
+    """Give batch norms statistics of their inputs, one after the other: with those of an untrained network values die out or explode.
+
+    Half of the mean stays, and the second moment around that half is made 1. Random layers that take the whole mean away blow up every
+    difference between samples by a factor a layer (Yang et al. 2019), until one code more or less decides the output of a deep network;
+    trained ones do not. Parameters of zeros, as the last of a residual branch often are, get values.
+    """
     for parameter in model.parameters():
         if parameter.dim() > 1 and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.train()
-        norm.momentum = None
-        norm.reset_running_stats()
-    with torch.no_grad():
-        if norms:
-            for batch in batches:
-                model(*batch)
     model.eval()
+
+    def settle(norm: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
+        values = given[0].transpose(0, 1).flatten(1)
+        mean = values.mean(1)
+        norm.running_mean.copy_(mean / 2)
+        norm.running_var.copy_((values - mean[:, None] / 2).square().mean(1))
+
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(settle) for norm in norms]
+    with torch.no_grad():
+        model(*batch)
+    for hook in hooks:
+        hook.remove()
 
 
 def leaves(made: object) -> list[Tensor]:
