@@ -154,6 +154,7 @@ def test_the_emitted_file_computes_the_simulation_at_sizes_other_than_the_exampl
         assert_same(literal(artifact.simulation, inputs), flat(prepared(**inputs)))
 
 
+@pytest.mark.slow
 @everywhere
 def test_an_artifact_with_open_sizes_passes_its_checks_on_the_runtimes_at_hand(backend: str, tmp_path: Path) -> None:
     artifact = qdeploy.convert(calibrated("words", backend), tmp_path / "out")
