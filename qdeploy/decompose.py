@@ -25,10 +25,12 @@ def attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    softcap: float = 0.0,
 ) -> Tensor:
     """`scaled_dot_product_attention` in the ops that targets quantize: softmax((scale query) key^T + mask) value, in inference.
 
     The ones of a mask of booleans are seen. With fewer heads `[..., H, S, D]` of keys and values each serves as many of the queries.
+    `softcap` bounds the scores before the mask, as the operator of ONNX does, which takes a mask and causality at once, too.
     """
     if enable_gqa and key.shape[-3] != query.shape[-3]:
         times = query.shape[-3] // key.shape[-3]
@@ -36,8 +38,14 @@ def attention(
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     # the product of codes stays next to the mask and the softmax, which many targets compute in float
     scores = torch.matmul(query if factor == 1 else query * factor, key.transpose(-2, -1))
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if is_causal:
-        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        if attn_mask is None or attn_mask.dtype == torch.bool:
+            attn_mask = seen if attn_mask is None else attn_mask & seen
+        else:
+            attn_mask = torch.where(seen, attn_mask, MASK)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = torch.where(attn_mask, scores, MASK)
     elif attn_mask is not None:

@@ -227,6 +227,8 @@ def _reducing() -> dict[str, Case]:
         "Attention with a mask": case("Attention", q, q, q, mask, opset=23, reference=True, scale=0.3),
         "Attention with added mask": case("Attention", q, q, q, f(5, 5), opset=23, reference=True, softcap=2.0),
         "Attention that is causal": case("Attention", q, q, q, opset=23, reference=True, is_causal=1),
+        "Attention that is causal with a mask": case("Attention", q, q, q, mask, opset=23, reference=True, is_causal=1),
+        "Attention that is causal with added mask": case("Attention", q, q, q, f(5, 5), opset=23, reference=True, is_causal=1),
         "Attention of groups": case("Attention", f(2, 6, 5, 4), q, q, opset=23, reference=True),
         "Attention in three dimensions": case(
             "Attention", f(2, 5, 12), f(2, 5, 6), f(2, 5, 6), opset=23, reference=True, q_num_heads=4, kv_num_heads=2

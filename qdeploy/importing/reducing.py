@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qdeploy import decompose
 from qdeploy.errors import CaptureError
 from qdeploy.importing.table import operator
 from qdeploy.importing.values import Value, is_plain, listed, tensor
@@ -136,18 +137,7 @@ def attention(
     packed = q.dim() == 3
     if packed:
         q, k, v = (_heads(t, count) for t, count in ((q, q_num_heads), (k, kv_num_heads), (v, kv_num_heads)))
-    if q.shape[1] != k.shape[1]:
-        repeats = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    scores = torch.matmul(q, k.transpose(-1, -2)) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if is_causal:
-        scores = scores + torch.full((q.shape[2], k.shape[2]), -torch.inf).triu(1)
-    if mask is not None:
-        scores = torch.where(mask, scores, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    made = torch.matmul(torch.softmax(scores, -1), v)
+    made = decompose.attention(q, k, v, mask, is_causal=bool(is_causal), scale=scale, enable_gqa=True, softcap=softcap)
     return made.transpose(1, 2).flatten(2) if packed else made
 
 
