@@ -84,7 +84,7 @@ def prepare(
     """
     widths = Widths(weight=weight_bits, activation=activation_bits, first_last=first_last_bits)
     target = with_schemes(find_backend(backend), weight_scheme, activation_scheme)
-    chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
+    chosen = find_recipe(recipe)  # before the work of a capture
     return _prepare(capture(model, example_inputs, dynamic), (target,), chosen, widths, seed)[0]
 
 
@@ -97,8 +97,7 @@ def prepare_all(
     widths = Widths(
         weight=options.get("weight_bits"), activation=options.get("activation_bits"), first_last=options.get("first_last_bits")
     )
-    recipe = options.get("recipe", "default")
-    chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
+    chosen = find_recipe(options.get("recipe", "default"))
     captured = capture(model, example_inputs, options.get("dynamic"))
     return _prepare(captured, targets, chosen, widths, options.get("seed", 0))
 

@@ -67,6 +67,8 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Batch | None, dy
     simplify.drop_nothing_ops(module)
     simplify.drop_expands(module)
     simplify.loosen_views(module)
+    simplify.plain_averages(module)
+    simplify.name_gates(module)
     simplify.infer_batch(module)
     simplify.soften_masks(module)
     placeholders = module.graph.find_nodes(op="placeholder")
@@ -323,8 +325,7 @@ def _name_tensors(module: fx.GraphModule, inputs: Sequence[str]) -> None:
 
 def _path(node: fx.Node) -> str:
     op = graph.op_of(node).name
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path, kind = (node.meta.get("custom") or {}).get("scope") or (stack[-1] if stack else ("", ""))  # the scope is of an ONNX file
+    path, kind = graph.scope(node)
     kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
     weight = graph.argument(node, graph.op_of(node).weight)
     if not path and weight is not None and weight.op == "get_attr":

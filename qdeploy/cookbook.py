@@ -79,8 +79,10 @@ def recipe_names() -> tuple[str, ...]:
     return (*RECIPES, *(name for name in observers.names() if name not in RECIPES))
 
 
-def find_recipe(reference: str) -> Recipe:
-    """The recipe called `reference`, or read from the TOML file at that path."""
+def find_recipe(reference: str | Recipe) -> Recipe:
+    """The recipe called `reference`, or read from the TOML file at that path; a recipe is itself."""
+    if isinstance(reference, Recipe):
+        return reference
     if reference in RECIPES:
         return RECIPES[reference]
     if reference in observers:

@@ -47,6 +47,13 @@ def _is_silu(node: fx.Node, name: str) -> bool:
     return user is not None and str(user.target) == "aten.mul.Tensor" and node.args[0] in user.all_input_nodes
 
 
+def scope(node: fx.Node) -> tuple[str, Any]:
+    """The path and the class of the module that makes `node`: as an ONNX file or a pass notes it, or the exporter's innermost."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    found: tuple[str, Any] = (node.meta.get("custom") or {}).get("scope") or (stack[-1] if stack else ("", ""))
+    return found
+
+
 def value(node: fx.Node) -> object:
     """The fake tensor (or other value) that `node` makes, with its shape and dtype."""
     return node.meta.get("val")

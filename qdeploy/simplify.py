@@ -166,24 +166,35 @@ def _repeats(node: fx.Node) -> bool:
 
 
 def loosen_views(module: fx.GraphModule) -> int:
-    """Make reshapes of views: a view asks for one layout in memory, which a dropped clone made, and other layouts are faster.
-
-    Of the two ops of a silu, the sigmoid is told apart by a name of its own, so that the other keeps that of its module. An average
-    whose last window ends outside is over what is inside; where there is no border, ONNX must not be told to count one.
-    """
+    """Make reshapes of views: a view asks for one layout in memory, which a dropped clone made, and other layouts are faster."""
     count = 0
     for node in module.graph.nodes:
-        if graph.op_of(node).name.startswith("avg_pool") and len(node.args) > 4 and node.args[4] and not any(node.args[3]):
-            node.args = (*node.args[:5], False, *node.args[6:])
-        if str(node.target) == "aten.sigmoid.default" and graph.op_of(node).name == "silu":
-            stack = list((node.meta.get("nn_module_stack") or {}).values())
-            custom = node.meta.get("custom") or {}
-            path, _ = custom.get("scope") or (stack[-1] if stack else ("", ""))
-            node.meta["custom"] = custom | {"scope": (f"{path or 'silu'}.sigmoid", "torch.nn.Sigmoid")}
         if node.op == "call_function" and str(node.target) in ("aten.view.default", "aten._unsafe_view.default"):
             node.target = torch.ops.aten.reshape.default
             count += 1
     module.recompile()
+    return count
+
+
+def plain_averages(module: fx.GraphModule) -> int:
+    """Count no border where there is none: an average whose last window ends outside is over what is inside, also in ONNX."""
+    count = 0
+    for node in module.graph.nodes:
+        if graph.op_of(node).name.startswith("avg_pool") and len(node.args) > 4 and node.args[4] and not any(node.args[3]):
+            node.args = (*node.args[:5], False, *node.args[6:])
+            count += 1
+    module.recompile()
+    return count
+
+
+def name_gates(module: fx.GraphModule) -> int:
+    """Tell the sigmoid of a silu apart by a name of its own, so that the product keeps that of its module."""
+    count = 0
+    for node in module.graph.nodes:
+        if str(node.target) == "aten.sigmoid.default" and graph.op_of(node).name == "silu":
+            path, _ = graph.scope(node)
+            node.meta["custom"] = (node.meta.get("custom") or {}) | {"scope": (f"{path or 'silu'}.sigmoid", "torch.nn.Sigmoid")}
+            count += 1
     return count
 
 
