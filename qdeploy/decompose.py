@@ -138,12 +138,31 @@ def upsample_linear1d(x: Tensor, output_size: list[int] | None, align_corners: b
     return made.squeeze(2)
 
 
-def adaptive_avg_pool1d(x: Tensor, output_size: list[int]) -> Any:
-    """A mean of everything, or pooling by windows of one length, where that divides the whole."""
-    if list(output_size) == [1]:
-        return x.mean(-1, keepdim=True)
-    kernel = _windows(x, output_size)
-    return NotImplemented if kernel is None else torch.nn.functional.avg_pool1d(x, kernel)
+def _adaptive_avg_pool(sides: int) -> Callable[[Tensor, list[int]], Any]:
+    """Pooling by equal windows, the resizing that a pooling to a multiple is, or a mean of every window, one side after the other.
+
+    ONNX has an operator for the first alone.
+    """
+
+    def pool(x: Tensor, output_size: list[int]) -> Any:
+        functional: Any = torch.nn.functional
+        if sides == 1 and list(output_size) == [1]:
+            return x.mean(-1, keepdim=True)
+        before = x.shape[-sides:]
+        if not all(isinstance(size, int) for size in before):
+            return NotImplemented
+        if (kernel := _windows(x, output_size)) is not None:
+            return functional.avg_pool1d(x, kernel) if sides == 1 else NotImplemented  # of images it is an op of the vocabulary
+        if all(after % size == 0 for size, after in zip(before, output_size, strict=True)) and x.dim() == sides + 2:
+            return functional.interpolate(x, size=list(output_size), mode="nearest")
+        for dim, after in zip(range(-sides, 0), output_size, strict=True):
+            size = x.shape[dim]
+            spans = [(i * size // after, -(-(i + 1) * size // after)) for i in range(after)]
+            parts = [x.narrow(dim, start, end - start) for start, end in spans]
+            x = torch.cat([part if part.shape[dim] == 1 else part.mean(dim, keepdim=True) for part in parts], dim)
+        return x
+
+    return pool
 
 
 def _adaptive_max_pool(sides: int) -> Callable[[Tensor, list[int]], Any]:
@@ -190,7 +209,9 @@ DECOMPOSITIONS = {
     torch.ops.aten.unbind.int: unbind,
     torch.ops.aten.stack.default: stack,
     torch.ops.aten.upsample_linear1d.vec: upsample_linear1d,
-    torch.ops.aten.adaptive_avg_pool1d.default: adaptive_avg_pool1d,
+    torch.ops.aten.adaptive_avg_pool1d.default: _adaptive_avg_pool(1),
+    torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_avg_pool(2),
+    torch.ops.aten.adaptive_avg_pool3d.default: _adaptive_avg_pool(3),
     torch.ops.aten.adaptive_max_pool1d.default: _adaptive_max_pool(1),
     torch.ops.aten.adaptive_max_pool2d.default: _adaptive_max_pool(2),
     torch.ops.aten.adaptive_max_pool3d.default: _adaptive_max_pool(3),

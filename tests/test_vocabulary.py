@@ -171,6 +171,8 @@ OPS: dict[str, Op] = {
     "average pooling without the border": lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
     "average pooling, rounded up": lambda x: F.avg_pool2d(x, 4, 4, ceil_mode=True),
     "adaptive average": lambda x: F.adaptive_avg_pool2d(x, 3),
+    "adaptive average to a multiple": lambda x: F.adaptive_avg_pool2d(x, (12, 6)),
+    "adaptive average by windows that differ": lambda x: F.adaptive_avg_pool2d(x, (4, 5)),
     "adaptive average of one side": lambda x: F.adaptive_avg_pool2d(x, (1, None)),
     "global average": lambda x: F.adaptive_avg_pool2d(x, 1),
     "mean of the sides": lambda x: x.mean((2, 3), keepdim=True),
