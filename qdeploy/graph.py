@@ -234,10 +234,12 @@ def pooled(node: fx.Node) -> tuple[int, ...] | None:
         kernel = [int(k) for k in node.args[1]]  # type: ignore[union-attr, arg-type]
         padded = len(node.args) > 3 and any(node.args[3])  # type: ignore[arg-type]
         return None if padded else tuple(kernel * len(before) if len(kernel) == 1 else kernel)
-    if not after:  # a mean that drops the sides
-        made = value(node)
-        return before if isinstance(made, Tensor) and made.dim() == 2 else None
-    if any(b % a for b, a in zip(before, after, strict=True)):
+    if op.name == "mean":
+        given = node.args[1] if len(node.args) > 1 else None
+        rank = len(before) + 2
+        dims = {int(d) % rank for d in given} if isinstance(given, list | tuple) and given else {0}
+        return None if dims & {0, 1} else tuple(b if d in dims else 1 for d, b in enumerate(before, 2))
+    if len(before) != len(after) or any(b % a for b, a in zip(before, after, strict=True)):
         return None
     return tuple(b // a for b, a in zip(before, after, strict=True))
 
