@@ -126,7 +126,8 @@ def loosened(specs: Sequence[TensorSpec], dynamic: dict[str, dict[int, str]] | N
 def zeros(specs: Sequence[TensorSpec]) -> tuple[Any, ...]:
     import torch
 
-    return tuple(torch.zeros([size or 2 for size in spec.shape], dtype=getattr(torch, spec.dtype)) for spec in specs)
+    shapes = [[size or (2 if dimension else 1) for dimension, size in enumerate(spec.shape)] for spec in specs]
+    return tuple(torch.zeros(shape, dtype=getattr(torch, spec.dtype)) for spec, shape in zip(specs, shapes, strict=True))
 
 
 def example(model: Any, specs: Sequence[TensorSpec], tensors: Sequence[Any]) -> Any:

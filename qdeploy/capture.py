@@ -44,7 +44,8 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Batch | None, dy
     """Capture `model`; `example_inputs` has any batch size, and is None for an ExportedProgram.
 
     `dynamic` names dimensions beyond the batch that stay open; without it, those that the model's own file leaves open do, as far as
-    they can. Raises `CaptureError` with the user's line where `torch.export` fails.
+    they can. A model that fixes the batch is captured at that of the example, and `notes` say so. Raises `CaptureError` with the
+    user's line where `torch.export` fails.
     """
     if not isinstance(model, nn.Module | ExportedProgram):
         raise InputError("the model is no nn.Module and no ExportedProgram", found=type(model).__name__)
@@ -52,9 +53,7 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Batch | None, dy
     if isinstance(model, ExportedProgram):
         example, program, opened = _from_program(model, example_inputs, dynamic, notes)
     else:
-        call = _call(model, example_inputs)
-        example = call.tensors
-        program, opened = _from_module(model, call, dynamic, notes)
+        example, program, opened = _from_module(model, _call(model, example_inputs), dynamic, notes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, while it copies its programs
         program = program.run_decompositions(decompose.DECOMPOSITIONS)
@@ -64,6 +63,7 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Batch | None, dy
     _by_place(module)
     _own_parameters(module)
     simplify.fold_constants(module)
+    simplify.fold_repeats(module)
     simplify.drop_nothing_ops(module)
     simplify.drop_expands(module)
     simplify.loosen_views(module)
@@ -81,23 +81,39 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Batch | None, dy
 
 
 def _from_module(
-    model: nn.Module, call: Call, dynamic: Dynamic | None, notes: list[str]
-) -> tuple[ExportedProgram, dict[str, dict[int, str]]]:
-    """The program of a module, and its open dimensions."""
+    model: nn.Module, given: Call, dynamic: Dynamic | None, notes: list[str]
+) -> tuple[tuple[Tensor, ...], ExportedProgram, dict[str, dict[int, str]]]:
+    """An example for a module, its program, and its open dimensions."""
     left = model.meta.get(dimensions.MARK) if isinstance(model, fx.GraphModule) else None
     if dynamic is None and left:  # by a file: a wish, and no promise
         try:
-            return _from_module(model, call, left, notes)
+            return _from_module(model, given, left, notes)
         except (CaptureError, InputError) as error:
             notes.append(f"sizes that the file leaves open are those of the example: {error}")
     wanted = dynamic or {}
+    # torch.export takes a batch of 1 for a constant, so the example has at least 2
+    call = given.changed(lambda _, t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t.clone())
     dimensions.check(wanted, call.names, call.tensors)
-    program = _export(model, call, wanted)
+    try:
+        program = _export(model, call, wanted)
+    except CaptureError as error:
+        call, program = given, _at_one_batch(model, given, wanted, error)
+        batch = next((t.shape[0] for t in given.tensors if t.dim()), 1)
+        why = dimensions.reason(error.__cause__ or error)
+        notes.append(f"the batch stays fixed at {batch}, that of the example: the model does not leave it open ({why})")
     opened = dimensions.named(_inputs(program), call.names, wanted)
     beyond = {name: {d: size for d, size in found.items() if d} for name, found in opened.items()}
     if wanted:
         dimensions.prove(program, call, beyond)
-    return program, opened
+    return call.tensors, program, opened
+
+
+def _at_one_batch(model: nn.Module, given: Call, dynamic: Dynamic, error: CaptureError) -> ExportedProgram:
+    """The program for the batch of the example alone, where it is the batch that cannot be open; else `error`."""
+    try:
+        return _export(model, given, dynamic, open_batch=False)
+    except CaptureError:
+        raise error from error.__cause__
 
 
 def _from_program(
@@ -135,9 +151,7 @@ def _call(model: nn.Module, given: Batch | None) -> Call:
         action = "give a tensor, a tuple of tensors or a mapping from names to tensors"
         raise InputError("example inputs are no tensors", found=type(given).__name__, action=action)
     _tensors(given.values() if isinstance(given, Mapping) else ordered(given, ()))
-    call = Call.of(model, given)
-    # torch.export takes a batch of 1 for a constant, so the example has at least 2.
-    return call.changed(lambda _, t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t.clone())
+    return Call.of(model, given)
 
 
 def _tensors(given: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -187,10 +201,10 @@ def _is_dynamic(program: ExportedProgram) -> bool:
     )
 
 
-def _export(model: nn.Module, call: Call, dynamic: Dynamic) -> ExportedProgram:
+def _export(model: nn.Module, call: Call, dynamic: Dynamic, open_batch: bool = True) -> ExportedProgram:
     def shape(name: str, tensor: Tensor) -> dict[int, Any] | None:
-        more = {dimension: Dim.DYNAMIC for dimension in dynamic.get(name, {}) if dimension}
-        return {0: Dim(dimensions.BATCH)} | more if tensor.dim() else None
+        more: dict[int, Any] = {dimension: Dim.DYNAMIC for dimension in dynamic.get(name, {}) if dimension}
+        return ({0: Dim(dimensions.BATCH)} if open_batch else {}) | more if tensor.dim() else None
 
     try:
         with torch.no_grad(), _inference(model):

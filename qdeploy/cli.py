@@ -124,7 +124,7 @@ def quantize(
             made = api.distill_data(loaded, example, samples, seed, tell)
         screen.say(f"no --data: calibrating on {sum(len(batch[0]) for batch in made)} images distilled from the batch-norm statistics")
     else:
-        example = next(calibration.batches(arguments.BATCH))
+        example = next(calibration.batches(1))  # also the batch of a model that fixes it
     several = _prepare(loaded, arguments.example(loaded, specs, example), targets, options)
     folder = arguments.work_folder(out)
     try:

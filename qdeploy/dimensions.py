@@ -101,10 +101,15 @@ def explained(error: Exception, dynamic: Dynamic) -> CaptureError | None:
     for name, dimension in re.findall(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", text):
         size = dynamic.get(name, {}).get(int(dimension))
         if size is not None:
-            lines = [line.strip(" -") for line in text.splitlines() if line.lstrip().startswith("-")] or [_first_line(error)]
-            reason = lines[0].partition(". If you're using")[0].replace(f"L['{name}'].size()[{dimension}]", "it")
-            return _fixed(size, f"dimension {dimension} of input '{name}'", reason)
+            said = reason(error).replace(f"L['{name}'].size()[{dimension}]", "it")
+            return _fixed(size, f"dimension {dimension} of input '{name}'", said)
     return None
+
+
+def reason(error: BaseException) -> str:
+    """What torch.export says of sizes, without its advice."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.lstrip().startswith("-")] or [_first_line(error)]
+    return lines[0].partition(". If you're using")[0]
 
 
 def _fixed(size: str, shown: str, reason: str) -> CaptureError:

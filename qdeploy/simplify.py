@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from qdeploy.ops import MOVE
 _NOTHING = ("alias", "clone", "contiguous", "detach", "dropout", "feature_dropout", "lift_fresh_copy")
 _RESHAPES = frozenset({"reshape", "squeeze", "expand"})
 """They do nothing where the shape stays."""
+_CASTS = frozenset({"to", "_to_copy", "type_as"})
+"""They do nothing where the dtype stays."""
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar")
 """What the exporter leaves of a cast to the same dtype: it makes nothing, but would count as a reader."""
 _NEUTRAL = {"mul": 1, "div": 1, "add": 0, "sub": 0}
@@ -81,43 +84,102 @@ def _hides(argument: object) -> bool:
 
 def fold_constants(module: fx.GraphModule) -> int:
     """Compute what follows from parameters and plain numbers alone, such as standardized weights and tables of positions."""
-    known: dict[fx.Node, Any] = {}
-    with torch.no_grad():
-        for node in module.graph.nodes:
-            if node.op == "get_attr":
-                known[node] = graph.parameter(module, str(node.target))
-            elif node.op == "call_function" and all(source in known for source in _decisive(node)) and _repeats(node):
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: known[source] if source in known else _blank(source))
-                known[node] = node.target(*args, **kwargs)
+    known = _computed(module, {})
     fetched: dict[tuple[object, ...], fx.Node] = {}
     for node, made in known.items():
         if node.op == "get_attr" or not isinstance(made, Tensor) or all(user in known for user in node.users):
             continue
         key = made.dtype, made.shape, hashlib.sha256(made.detach().contiguous().cpu().numpy().tobytes()).digest()
         if key not in fetched:  # every layer may compute the same
-            path = _constant_path(node)
-            graph.set_constant(module, path, made.detach().clone())
-            with module.graph.inserting_before(node):
-                fetched[key] = module.graph.get_attr(path)
-            fetched[key].meta = {"val": made.detach()}
+            fetched[key] = _store(module, node, made)
         node.replace_all_uses_with(fetched[key])
     graph.finish(module)
     return len(fetched)
 
 
-def _decisive(node: fx.Node) -> list[fx.Node]:
+def fold_repeats(module: fx.GraphModule) -> int:
+    """Make one stored sample, expanded to the batch, of what takes nothing but its size from the inputs: positions, masks.
+
+    Exporters compute these anew for every sample, in ops that no target quantizes well. Proven by computing them for two batches.
+    """
+    opened = [n for n in module.graph.find_nodes(op="placeholder") if _open_batch(n)]
+    if not opened:
+        return 0
+    batch = _open_batch(opened[0])
+    two, three = (_computed(module, {batch: size}) for size in (2, 3))
+    found = [node for node in two if _repeated(two[node], three.get(node)) and any(user not in two for user in node.users)]
+    with module.graph.inserting_after(list(module.graph.find_nodes(op="placeholder"))[-1]):
+        size = module.graph.call_function(torch.ops.aten.sym_size.int, (opened[0], 0))
+    size.meta = {"val": opened[0].meta["val"].shape[0]}
+    count = 0
+    for node in found:
+        if graph.op_of(node).name == "expand" and node.all_input_nodes[0].op == "get_attr":
+            continue
+        fetched = _store(module, node, two[node][:1])
+        with module.graph.inserting_before(node):
+            sizes: list[Any] = [size, *(-1 for _ in range(two[node].dim() - 1))]
+            expanded = module.graph.call_function(torch.ops.aten.expand.default, (fetched, sizes))
+        expanded.meta = dict(node.meta)
+        node.replace_all_uses_with(expanded)
+        count += 1
+    graph.finish(module)
+    return count
+
+
+def _computed(module: fx.GraphModule, sizes: Mapping[str, int]) -> dict[fx.Node, Any]:
+    """What follows from parameters, plain numbers and the open `sizes` alone, by node."""
+    known: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for node in module.graph.nodes:
+            if node.op == "get_attr":
+                known[node] = graph.parameter(module, str(node.target))
+            elif node.op == "call_function" and isinstance(graph.value(node), torch.SymInt) and str(graph.value(node)) in sizes:
+                known[node] = sizes[str(graph.value(node))]
+            elif node.op == "call_function" and all(source in known for source in _decisive(node, sizes)) and _repeats(node):
+                args, kwargs = fx.map_arg(
+                    (node.args, node.kwargs), lambda source: known[source] if source in known else _blank(source, sizes)
+                )
+                known[node] = node.target(*args, **kwargs)
+    return known
+
+
+def _open_batch(node: fx.Node) -> str:
+    """The symbol of an input's first size; empty where it is fixed."""
+    made = graph.value(node)
+    return str(made.shape[0]) if isinstance(made, Tensor) and made.dim() and not isinstance(made.shape[0], int) else ""
+
+
+def _repeated(two: Any, three: Any) -> bool:
+    """Whether two and three samples are all the same."""
+    if not isinstance(two, Tensor) or not isinstance(three, Tensor) or not two.dim() or two.shape != (2, *three.shape[1:]):
+        return False
+    return len(three) == 3 and torch.equal(two, two[:1].expand_as(two)) and torch.equal(three, two[:1].expand_as(three))
+
+
+def _store(module: fx.GraphModule, node: fx.Node, made: Tensor) -> fx.Node:
+    """A node that fetches `made`, stored under a name after `node`, which it stands in front of."""
+    path = _constant_path(node)
+    graph.set_constant(module, path, made.detach().clone())
+    with module.graph.inserting_before(node):
+        fetched = module.graph.get_attr(path)
+    fetched.meta = {"val": made.detach()}
+    return fetched
+
+
+def _decisive(node: fx.Node, sizes: Mapping[str, int]) -> list[fx.Node]:
     """The nodes whose values decide what `node` makes."""
     made, sources = node.meta.get("val"), node.all_input_nodes
-    if graph.op_of(node).name in _FILLED and isinstance(made, Tensor) and all(isinstance(size, int) for size in made.shape):
+    known = isinstance(made, Tensor) and all(isinstance(size, int) or str(size) in sizes for size in made.shape)
+    if known and graph.op_of(node).name in _FILLED:
         return [source for source in sources if source is not node.args[0]]
     return sources
 
 
-def _blank(node: fx.Node) -> Tensor:
-    """A tensor of the shape and dtype of `node`, without values; of size 0 where it is open."""
+def _blank(node: fx.Node, sizes: Mapping[str, int]) -> Tensor:
+    """A tensor of the shape and dtype of `node`, without values; of size 0 where it is open and not of `sizes`."""
     made = graph.value(node)
     assert isinstance(made, Tensor)
-    return torch.empty([size if isinstance(size, int) else 0 for size in made.shape], dtype=made.dtype)
+    return torch.empty([size if isinstance(size, int) else sizes.get(str(size), 0) for size in made.shape], dtype=made.dtype)
 
 
 def drop_expands(module: fx.GraphModule) -> int:
@@ -218,11 +280,13 @@ def _is_nothing(node: fx.Node) -> bool:
     name = graph.op_of(node).name
     if name == "slice":
         _, _, start, end, step = (*node.args, *(None,) * 5)[:5]
-        return start in (None, 0) and end in (None, _END) and step in (None, 1)
+        return step in (None, 1) and ((start in (None, 0) and end in (None, _END)) or _same_shape(node, node.all_input_nodes[0]))
     if name == "concat" and str(node.target) == "aten.cat.default":
         return len(node.all_input_nodes) == 1 and isinstance(node.args[0], list | tuple) and len(node.args[0]) == 1
     if name == "transpose":
         return _in_order(node)
+    if name in _CASTS:
+        return len({getattr(graph.value(n), "dtype", None) for n in (node, node.all_input_nodes[0])}) == 1
     if name in _RESHAPES:
         return _same_shape(node, node.all_input_nodes[0])
     if name in _NEUTRAL and len(node.args) == 2 and not node.kwargs and not isinstance(node.args[1], fx.Node | bool):
