@@ -6,13 +6,16 @@ What ONNX has no operator for is spelled in operators that it has: else an artif
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qdeploy.observer import MASK
+
+_END = 2**63 - 1
+"""What a slice to the end of a dimension has for its end."""
 
 
 def attention(
@@ -66,6 +69,21 @@ def baddbmm(start: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: floa
     return (start if beta == 1 else start * beta) + (product if alpha == 1 else product * alpha)
 
 
+def addcmul(start: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
+    """A sum and a product."""
+    return start + (a * b if value == 1 else a * b * value)
+
+
+def addcdiv(start: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
+    """A sum and a quotient."""
+    return start + (a / b if value == 1 else a / b * value)
+
+
+def lerp(start: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
+    """start + weight (end - start)."""
+    return start + (end - start) * weight
+
+
 def silu(x: Tensor) -> Tensor:
     """x sigmoid(x): ONNX has no operator for it, so that targets meet the sigmoid as a tensor of its own."""
     return x * torch.sigmoid(x)
@@ -102,6 +120,128 @@ def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Any:
     return torch.nn.functional.softplus(x * beta) / beta
 
 
+def expm1(x: Tensor) -> Tensor:
+    """exp(x) - 1."""
+    return torch.exp(x) - 1
+
+
+def log1p(x: Tensor) -> Tensor:
+    """log(x + 1)."""
+    return torch.log(x + 1)
+
+
+def erfc(x: Tensor) -> Tensor:
+    """1 - erf(x)."""
+    return 1 - torch.erf(x)
+
+
+def logit(x: Tensor, eps: float | None = None) -> Tensor:
+    """log(x / (1 - x)), of x in [eps, 1 - eps]."""
+    x = x if eps is None else x.clamp(eps, 1 - eps)
+    return torch.log(x / (1 - x))
+
+
+def _log(base: float) -> Callable[[Tensor], Tensor]:
+    """A logarithm by way of the natural one."""
+    return lambda x: torch.log(x) * (1 / math.log(base))
+
+
+def clamp(x: Tensor, lowest: Tensor | None = None, highest: Tensor | None = None) -> Tensor:
+    """By the maximum with one tensor and the minimum with another."""
+    x = x if lowest is None else torch.maximum(x, lowest)
+    return x if highest is None else torch.minimum(x, highest)
+
+
+def cosine_similarity(a: Tensor, b: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """The product of both over their norms, of which none is less than `eps`."""
+    shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
+    a, b = (t if t.shape == shape else t.expand(shape) for t in (a, b))
+    a, b = (t / torch.linalg.vector_norm(t, dim=dim, keepdim=True).clamp_min(eps) for t in (a, b))
+    return (a * b).sum(dim)
+
+
+def _moments(x: Tensor, dim: Sequence[int] | None, correction: float | None, keepdim: bool) -> Any:
+    """Variance and mean: the mean of the squared distances from the mean, times n / (n - correction)."""
+    correction = 1 if correction is None else correction
+    dims = [d % x.dim() for d in dim] if dim else list(range(x.dim()))
+    count = math.prod(x.shape[d] for d in dims)
+    if not isinstance(count, int) or count <= correction:
+        return NotImplemented
+    mean = x.mean(dims, keepdim=True)
+    apart = x - mean
+    variance = (apart * apart).mean(dims, keepdim=keepdim) * (count / (count - correction))
+    return variance, mean if keepdim else mean.squeeze(dims)
+
+
+def _moment(root: bool, both: bool, unbiased: bool) -> Callable[..., Any]:
+    """`var`, `std`, `var_mean` or `std_mean`, by an overload that says `unbiased`, or by one that says `correction`."""
+
+    def made(x: Tensor, dim: Sequence[int] | None, correction: float | None, keepdim: bool) -> Any:
+        found = _moments(x, dim, correction, keepdim)
+        if found is NotImplemented:
+            return found
+        first = torch.sqrt(found[0]) if root else found[0]
+        return (first, found[1]) if both else first
+
+    def by_flag(x: Tensor, dim: Sequence[int] | None, unbiased: bool = True, keepdim: bool = False) -> Any:
+        return made(x, dim, int(unbiased), keepdim)
+
+    def by_number(x: Tensor, dim: Sequence[int] | None = None, *, correction: float | None = None, keepdim: bool = False) -> Any:
+        return made(x, dim, correction, keepdim)
+
+    return by_flag if unbiased else by_number
+
+
+def copy(into: Tensor, x: Tensor, non_blocking: bool = False) -> Tensor:
+    """What is written over the whole of another tensor."""
+    return x.to(into.dtype).expand(into.shape)
+
+
+def fill(into: Tensor, number: Tensor | float) -> Tensor:
+    """One number everywhere."""
+    return copy(into, number) if isinstance(number, Tensor) else torch.full_like(into, number)
+
+
+def slice_scatter(x: Tensor, part: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
+    """What an assignment to a slice leaves: what stands before it, the new part, and what stands behind it."""
+    size = x.shape[dim]
+    if step == 1 and not start and (end is None or (isinstance(end, int) and end >= _END)):
+        return copy(x, part)
+    if step != 1 or not all(number is None or isinstance(number, int) for number in (size, start, end)):
+        return NotImplemented
+    first, last, _ = slice(start, end).indices(size)
+    pieces = [x.narrow(dim, 0, first), copy(x.narrow(dim, first, last - first), part), x.narrow(dim, last, size - last)]
+    return torch.cat([piece for piece in pieces if piece.shape[dim]], dim)
+
+
+def select_scatter(x: Tensor, part: Tensor, dim: int, index: int) -> Any:
+    """What an assignment to one place along a dimension leaves."""
+    if not isinstance(index, int) or not isinstance(x.shape[dim], int):
+        return NotImplemented
+    first = index % x.shape[dim]
+    return slice_scatter(x, part.unsqueeze(dim), dim, first, first + 1)
+
+
+def index(x: Tensor, indices: Sequence[Tensor | None]) -> Any:
+    """A table of places along one dimension, which ONNX takes as they are."""
+    places = [(dim, found) for dim, found in enumerate(indices) if found is not None]
+    if len(places) != 1:
+        return NotImplemented
+    dim, found = places[0]
+    if found.dtype == torch.bool or found.dim() != 1 or not isinstance(x.shape[dim], int):
+        return NotImplemented
+    return x.index_select(dim, torch.where(found < 0, found + x.shape[dim], found))
+
+
+def repeat_interleave(x: Tensor, repeats: int, dim: int | None = None, *, output_size: int | None = None) -> Any:
+    """Every part along a dimension `repeats` times."""
+    if dim is None or not isinstance(repeats, int):
+        return NotImplemented
+    dim %= x.dim()
+    parts = x.unsqueeze(dim + 1)
+    return parts.expand(*(-1 if d != dim + 1 else repeats for d in range(parts.dim()))).flatten(dim, dim + 1)
+
+
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     """The channels of all groups in turn, by moving alone."""
     batch, channels, *sides = x.shape
@@ -129,6 +269,16 @@ def roll(x: Tensor, shifts: list[int], dims: list[int] | None = None) -> Any:
 def stack(tensors: list[Tensor], dim: int = 0) -> Tensor:
     """Along a new dimension."""
     return torch.cat([tensor.unsqueeze(dim) for tensor in tensors], dim)
+
+
+def nearest_exact(x: Tensor, output_size: list[int] | None, scale_factors: list[float] | None) -> Any:
+    """To a multiple of the size it is what `nearest` is, which targets have."""
+    sides = x.shape[2:]
+    known = all(isinstance(size, int) for size in (*sides, *(output_size or ())))
+    ratios = scale_factors if output_size is None else [a / b for a, b in zip(output_size, sides, strict=True)] if known else None
+    if ratios is None or any(ratio != int(ratio) for ratio in ratios):
+        return NotImplemented
+    return torch.ops.aten.upsample_nearest2d.vec(x, output_size, scale_factors)
 
 
 def upsample_linear1d(x: Tensor, output_size: list[int] | None, align_corners: bool, scale_factors: list[float] | None) -> Tensor:
@@ -200,6 +350,32 @@ DECOMPOSITIONS = {
     torch.ops.aten.scaled_dot_product_attention.default: attention,
     torch.ops.aten.addmm.default: addmm,
     torch.ops.aten.baddbmm.default: baddbmm,
+    torch.ops.aten.addcmul.default: addcmul,
+    torch.ops.aten.addcdiv.default: addcdiv,
+    torch.ops.aten.lerp.Scalar: lerp,
+    torch.ops.aten.lerp.Tensor: lerp,
+    torch.ops.aten.expm1.default: expm1,
+    torch.ops.aten.log1p.default: log1p,
+    torch.ops.aten.log2.default: _log(2),
+    torch.ops.aten.log10.default: _log(10),
+    torch.ops.aten.erfc.default: erfc,
+    torch.ops.aten.logit.default: logit,
+    torch.ops.aten.clamp.Tensor: clamp,
+    torch.ops.aten.cosine_similarity.default: cosine_similarity,
+    **{
+        getattr(getattr(torch.ops.aten, f"{kind}{end}"), overload): _moment(kind == "std", bool(end), overload == "dim")
+        for kind in ("var", "std")
+        for end in ("", "_mean")
+        for overload in ("dim", "correction")
+    },
+    torch.ops.aten.copy.default: copy,
+    torch.ops.aten.fill.Scalar: fill,
+    torch.ops.aten.fill.Tensor: fill,
+    torch.ops.aten.slice_scatter.default: slice_scatter,
+    torch.ops.aten.select_scatter.default: select_scatter,
+    torch.ops.aten.index.Tensor: index,
+    torch.ops.aten.repeat_interleave.self_int: repeat_interleave,
+    torch.ops.aten._upsample_nearest_exact2d.vec: nearest_exact,
     torch.ops.aten.silu.default: silu,
     torch.ops.aten.glu.default: glu,
     torch.ops.aten.log_sigmoid.default: log_sigmoid,

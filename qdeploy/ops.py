@@ -65,6 +65,7 @@ def _table() -> dict[str, Op]:
     add("move", "squeeze", "squeeze.dim", "squeeze.dims", "squeeze.default")
     add("move", "slice", "slice.Tensor", "narrow.default")
     add("move", "select", "select.int")
+    add("move", "index_select")
     add("move", "split", "split.Tensor", "split_with_sizes.default", "chunk.default", "unbind.int")
     add("move", "pad", "pad.default", "constant_pad_nd.default")
     add("move", "expand", "expand.default", "repeat.default")

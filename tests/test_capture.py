@@ -266,6 +266,32 @@ def test_a_program_with_a_dynamic_batch_is_taken_as_it_is():
     assert_computes(captured.module, model, (images(5),), 1e-6)
 
 
+class Anchored(nn.Module):
+    """Keeps what belongs to the shape it met last, as heads of detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.point, self.shape, self.anchors = nn.Conv2d(3, 4, 1), (3, 4, 8, 8), torch.ones(3, 1, 8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.point(x)
+        if x.shape != self.shape:
+            self.shape, self.anchors = x.shape, torch.full((x.shape[0], 1, *x.shape[2:]), 0.5)
+        return x + self.anchors
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_a_model_that_fixes_the_batch_is_captured_at_that_of_the_example_with_a_note(batch: int) -> None:
+    model = Anchored()
+    captured = capture(model, images(batch))
+    assert captured.inputs[0].shape == (batch, 3, 8, 8)
+    assert captured.example[0].shape[0] == batch
+    (note,) = captured.notes
+    assert f"the batch stays fixed at {batch}" in note
+    assert "batch" in note.partition("(")[2]
+    torch.testing.assert_close(captured.module(images(batch)), model(images(batch)))
+
+
 class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.sum() > 0:
@@ -323,12 +349,19 @@ def test_frozen_parameters_stay_frozen_when_a_batch_norm_is_folded_in():
     assert_computes(captured.module, model, (images(3),), 1e-5)
 
 
-@pytest.mark.parametrize("given", ["dropout", "clone", "everything sliced", "part sliced", "checks", "in order", "same shape"])
+@pytest.mark.parametrize("given", ["dropout", "clone", "everything sliced", "part sliced", "casts", "checks", "in order", "same shape"])
 def test_simplifying_counts_what_it_drops_and_changes_no_number(given: str):
     compute, expected = {
         "dropout": (lambda x: torch.ops.aten.dropout(torch.ops.aten.dropout(x, 0.5, False), 0.5, True) * 0 + x, 1),
         "clone": (lambda x: torch.ops.aten.detach(torch.ops.aten.clone(x)) + 1, 2),
-        "everything sliced": (lambda x: torch.ops.aten.slice(torch.ops.aten.slice(x, 1, 0, None), 2, None, 2**63 - 1) + 1, 2),
+        "everything sliced": (
+            lambda x: torch.ops.aten.slice(torch.ops.aten.slice(torch.ops.aten.slice(x, 1, 0, None), 2, None, 2**63 - 1), 3, -8, 8) + 1,
+            3,
+        ),
+        "casts": (
+            lambda x: torch.ops.aten._to_copy(torch.ops.aten.to(torch.ops.aten.type_as(x, x * 2), dtype=x.dtype).double()).float() * 2,
+            3,
+        ),
         "part sliced": (lambda x: torch.ops.aten.slice(torch.ops.aten.slice(x, 1, 1, 2**63 - 1), 3, 0, 2**63 - 1, 3), 0),
         "in order": (lambda x: torch.ops.aten.permute(torch.ops.aten.transpose(x, 2, 2), [0, 1, 2, 3]).transpose(2, 3) + 1, 2),
         "same shape": (lambda x: torch.ops.aten.expand(x.reshape(-1, 3, 8, 8), [-1, 3, -1, -1]).reshape(-1, 192) + 1, 2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import networks
@@ -295,6 +296,13 @@ def test_the_share_of_quantized_work_is_by_multiply_accumulates() -> None:
     assert share == pytest.approx(3 * 4 * 25 / (3 * 4 * 25 + 4 * 4 * 4 * 25))
 
 
+def assigned(x: Tensor, where: tuple[object, ...], part: Tensor | float) -> Tensor:
+    """`x` with `part` written into it."""
+    x = x.clone()
+    x[where] = part
+    return x
+
+
 WIDE = torch.linspace(-30, 30, 8 * 36).view(8, 36)
 SPELLED = {
     "silu": (F.silu, (1, 8, 6, 6)),
@@ -329,6 +337,38 @@ SPELLED = {
     "adaptive_max_pool3d": (lambda x: F.adaptive_max_pool3d(x, 1), (1, 2, 4, 4, 4)),
     "addmm": (lambda x: torch.addmm(WIDE[0, :5], x, WIDE[:, :5]), (1, 8)),
     "addmm with factors": (lambda x: torch.addmm(WIDE[0, :5], x, WIDE[:, :5], beta=0.5, alpha=2.0), (1, 8)),
+    "addcmul": (lambda x: torch.addcmul(x, x, x + 1), (1, 6, 6)),
+    "addcmul with a factor": (lambda x: torch.addcmul(x, x, x + 1, value=0.5), (1, 6, 6)),
+    "addcdiv": (lambda x: torch.addcdiv(x, x, x * x + 1), (1, 6, 6)),
+    "addcdiv with a factor": (lambda x: torch.addcdiv(x, x, x * x + 1, value=2.0), (1, 6, 6)),
+    "lerp": (lambda x: torch.lerp(x, x * x, 0.3), (1, 6, 6)),
+    "lerp by a tensor": (lambda x: torch.lerp(x, x * x, torch.sigmoid(x)), (1, 6, 6)),
+    "expm1": (lambda x: torch.expm1(x / 9), (1, 6, 6)),
+    "log1p": (lambda x: torch.log1p(x * x), (1, 6, 6)),
+    "log2": (lambda x: torch.log2(x * x + 1), (1, 6, 6)),
+    "log10": (lambda x: torch.log10(x * x + 1), (1, 6, 6)),
+    "erfc": (torch.erfc, (1, 6, 6)),
+    "logit": (lambda x: torch.logit(torch.sigmoid(x / 9)), (1, 6, 6)),
+    "logit within bounds": (lambda x: torch.logit(x, 1e-3), (1, 6, 6)),
+    "clamp between tensors": (lambda x: torch.clamp(x, WIDE[:6, :6], WIDE[:6, :6] + 1), (1, 6, 6)),
+    "clamp below a tensor": (lambda x: torch.clamp(x, max=WIDE[:6, :6]), (1, 6, 6)),
+    "cosine_similarity": (lambda x: torch.cosine_similarity(x, WIDE[:6, :6], 2), (1, 6, 6)),
+    "var": (lambda x: x.var((1, 2), keepdim=True), (1, 6, 6)),
+    "var, biased": (lambda x: x.var(1, unbiased=False), (1, 6, 6)),
+    "std": (lambda x: x.std(-1), (1, 6, 6)),
+    "std with a correction": (lambda x: torch.std(x, (2,), correction=2), (1, 6, 6)),
+    "var_mean": (lambda x: sum(torch.var_mean(x, (1, 2))), (1, 6, 6)),
+    "std_mean": (lambda x: torch.cat(torch.std_mean(x, -1, keepdim=True), 1), (1, 6, 6)),
+    "slice_scatter": (lambda x: assigned(x, (slice(None), slice(1, -1)), x[:, 1:-1] * 2), (1, 6, 6)),
+    "slice_scatter to the end": (lambda x: assigned(x, (slice(None), slice(None), slice(3, None)), 0.5), (1, 6, 6)),
+    "slice_scatter over everything": (lambda x: assigned(x, (slice(None), slice(0, 9)), x * 3), (1, 6, 6)),
+    "select_scatter": (lambda x: assigned(x, (..., -2), x[..., 1]), (1, 6, 6)),
+    "copy": (lambda x: torch.zeros_like(x).copy_(x[:, :1]), (1, 6, 6)),
+    "fill": (lambda x: x.clone().fill_(0.25), (1, 6, 6)),
+    "index": (lambda x: x[:, [0, -1, 2]], (1, 6, 6)),
+    "repeat_interleave": (lambda x: x.repeat_interleave(3, -1), (1, 6, 6)),
+    "_upsample_nearest_exact2d": (lambda x: F.interpolate(x, scale_factor=3, mode="nearest-exact"), (1, 2, 4, 5)),
+    "_upsample_nearest_exact2d to a multiple": (lambda x: F.interpolate(x, size=(8, 5), mode="nearest-exact"), (1, 2, 4, 5)),
     "baddbmm": (lambda x: torch.baddbmm(x, x, x.transpose(1, 2), beta=0.5, alpha=0.1), (1, 6, 6)),
 }
 
@@ -383,3 +423,70 @@ def test_the_scale_and_shift_of_a_norm_are_quantized_where_the_target_computes_e
     for target, wanted in (("snpe", {"0.weight", "0.bias"}), ("tensorrt", set()), ("onnxruntime", set())):
         plan = qdeploy.prepare(nn.Sequential(norm, nn.Conv2d(4, 4, 1)).eval(), torch.randn(2, 4, 6, 6), target, "plain").plan
         assert {t.tensor for t in plan.quantized if t.role == "constant"} == wanted
+
+
+class Placed(nn.Module):
+    """Positions that an exporter computes anew for every sample, a class token, and a mask."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.token, self.point = kind, nn.Parameter(torch.randn(1, 1, 4)), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        if self.kind == "positions":
+            return x + self.point(torch.ones(batch, length, dtype=torch.bool).cumsum(1).unsqueeze(2).expand(-1, -1, width).sin())
+        if self.kind == "positions beside":
+            return torch.cat([x, torch.zeros(batch, length, width).cumsum(1) + 1], 1)
+        if self.kind == "mask":
+            return x.masked_fill(torch.zeros_like(x[..., 0], dtype=torch.bool).logical_not().cumsum(1).gt(3).unsqueeze(2), 0.0)
+        if self.kind == "token":
+            return torch.cat([self.token.expand(batch, -1, -1), x], 1)
+        return x + torch.arange(batch)[:, None, None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "left"),
+    [
+        ("positions", ["add"]),
+        ("positions beside", ["sym_size", "expand", "cat"]),
+        ("mask", ["sym_size", "expand", "masked_fill"]),
+        ("token", ["sym_size", "expand", "cat"]),
+        ("numbers of samples", ["sym_size", "arange", "unsqueeze", "unsqueeze", "add"]),
+    ],
+)
+def test_what_is_the_same_for_every_sample_is_stored_once(kind: str, left: list[str]) -> None:
+    model = Placed(kind)
+    captured = capture(model, torch.randn(2, 5, 4))
+    calls = [str(n.target).removeprefix("aten.").split(".")[0] for n in captured.module.graph.nodes if n.op == "call_function"]
+    assert calls == left
+    for batch in (1, 4):
+        x = torch.randn(batch, 5, 4)
+        torch.testing.assert_close(captured.module(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("compute", "kernel"),
+    [
+        (lambda x: x.mean((2, 3)), (6, 4)),
+        (lambda x: x.mean((-1, -2), keepdim=True), (6, 4)),
+        (lambda x: x.mean(-1), (1, 4)),
+        (lambda x: x.mean(2, keepdim=True), (6, 1)),
+        (lambda x: x.mean(1, keepdim=True), None),
+        (lambda x: x.mean((1, 2, 3)), None),
+        (lambda x: x.mean((2, 3), keepdim=True).mean(1), None),
+        (lambda x: F.adaptive_avg_pool2d(x, (3, 1)), (2, 4)),
+        (lambda x: F.avg_pool2d(x, 3), (3, 3)),
+        (lambda x: F.avg_pool2d(x, 3, 1, 1), None),
+        (lambda x: F.max_pool2d(x, 2), None),
+    ],
+)
+def test_an_average_is_over_a_fixed_number_of_elements_of_the_sides_or_no_pooling(
+    compute: Callable[[Tensor], Tensor], kernel: tuple[int, ...] | None
+) -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return compute(x)
+
+    *_, last = (node for node in capture(Net(), torch.randn(2, 5, 6, 4)).module.graph.nodes if node.op == "call_function")
+    assert graph.pooled(last) == kernel

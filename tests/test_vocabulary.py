@@ -147,6 +147,16 @@ ACTIVATIONS: dict[str, Callable[[], Op]] = {
     "softmax": lambda: nn.Softmax(1),
     "GLU, doubled": lambda: lambda x: torch.cat([F.glu(x, 1), F.glu(x, 1)], 1),
 }
+
+
+def written(x: Tensor) -> Tensor:
+    """Parts of a tensor overwritten, as decoders of boxes do."""
+    x = x.clone()
+    x[:, 0] = x[:, 1] * 2
+    x[:, 2:4, 1:] = F.relu(x[:, 2:4, 1:])
+    return x
+
+
 OPS: dict[str, Op] = {
     "split": lambda x: torch.cat(torch.split(x, [2, 6], 1)[::-1], 1),
     "chunk": lambda x: torch.cat([F.relu(part) for part in x.chunk(2, 1)], 1),
@@ -156,9 +166,14 @@ OPS: dict[str, Op] = {
     "channel shuffle, by reshapes": lambda x: x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2),
     "pixel shuffle and back": lambda x: F.pixel_unshuffle(F.relu(F.pixel_shuffle(x, 2)), 2),
     "space to depth by slices": lambda x: torch.cat([x[:, ::2, a::2, b::2] for a in (0, 1) for b in (0, 1)], 1)[:, :8],
+    "picked channels": lambda x: x[:, [3, 0, -1, 2, 2, 7, 6, 5]],
+    "written into": written,
+    "spread of the sides": lambda x: (x - x.mean((2, 3), keepdim=True)) / (x.std((2, 3), keepdim=True) + 1),
+    "repeated channels": lambda x: x[:, :4].repeat_interleave(2, 1),
     "padding": lambda x: F.pad(x, (1, 0, 0, 1)),
     "padding with a value": lambda x: F.pad(x, (1, 1), value=0.5),
     "nearest": lambda x: F.interpolate(x, scale_factor=2.0),
+    "nearest, exact": lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest-exact"),
     "nearest to a size": lambda x: F.interpolate(x, size=(9, 12)),
     "bilinear": lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear"),
     "bilinear, aligned": lambda x: F.interpolate(x, size=(9, 9), mode="bilinear", align_corners=True),

@@ -197,7 +197,7 @@ def _is_preparation(model: Model, node: onnx.NodeProto) -> bool:
 def _without_reason(model: Model, node: onnx.NodeProto, in_float: dict[str, str]) -> Iterator[str]:
     """The results of an op that is left in float, as far as an integer op or the user reads them, must say why."""
     for name in node.output:
-        known = name in in_float or model.leaves_encoded(name) or model.enters_encoded(name)
+        known = name in model.known or model.leaves_encoded(name) or model.enters_encoded(name)
         if model.is_float(name) and name in model.outputs and not known and not in_float.get(name.removesuffix("_output")):
             yield f"{name}, made by {node.op_type} {node.name} in float for no reason that the manifest gives"
 
@@ -289,7 +289,9 @@ def names(model: Model, node: onnx.NodeProto) -> Sequence[str]:
     if _is_silu(model, node):
         return ("silu",)
     if node.op_type == "Gather":
-        return ("embedding",) if model.is_stored(node.input[0]) else ("select",) if model.is_number(node.input[1]) else ("index",)
+        return (
+            ("embedding",) if model.is_stored(node.input[0]) else ("select",) if model.is_number(node.input[1]) else ("index_select",)
+        )
     if node.op_type in BY_SIDES:
         at = 1 if "Conv" in node.op_type else 0
         sides = len(model.types.get(node.input[at], (0, None))[1] or (0, 0, 0, 0)) - 2
