@@ -73,6 +73,21 @@ class Scores(nn.Module):
         return made
 
 
+class Heads(nn.Module):
+    """The scores and boxes of a detector at all places, before any is chosen."""
+
+    def __init__(self, name: str):
+        import torchvision.models.detection as models
+
+        super().__init__()
+        made = getattr(models, name)(weights=None, weights_backbone=None)
+        self.backbone, self.head = made.backbone, made.head
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = self.head(list(self.backbone(x).values()))
+        return found
+
+
 def _timm(name: str, **options: Any) -> nn.Module:
     import timm
 
@@ -104,15 +119,19 @@ class UNet(nn.Module):
         return self.head(self.five(torch.cat([x, one], 1)))
 
 
+_SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+_WORDS = {"vocab_size": 200}
+_ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
 def _bert(kind: str) -> nn.Module:
     import transformers as hf
 
-    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 200}
     if kind == "distilbert":
         config = hf.DistilBertConfig(dim=64, n_layers=2, n_heads=4, hidden_dim=128, vocab_size=200)
         return hf.DistilBertForSequenceClassification(config)
     made = {"bert": "Bert", "roberta": "Roberta", "electra": "Electra", "camembert": "Camembert"}[kind]
-    config = getattr(hf, f"{made}Config")(**small)
+    config = getattr(hf, f"{made}Config")(**_SMALL, **_WORDS)
     module: nn.Module = getattr(hf, f"{made}ForSequenceClassification")(config)
     return module
 
@@ -138,6 +157,10 @@ class Encoder(nn.Module):
 
 def _vision(make: Callable[[], nn.Module], size: int) -> Family:
     return Family(make=make, inputs=images(size), kind="vision")
+
+
+def _transformer(name: str, head: str, inputs: Callable[[int, int], tuple[Tensor, ...]], **options: Any) -> Family:
+    return Family(make=partial(_hf, f"{name}Config", f"{name}{head}", **options), inputs=inputs, kind="transformer")
 
 
 _TORCHVISION_SIZES = {
@@ -170,47 +193,19 @@ FAMILIES: dict[str, Family] = {
     "deeplabv3_mobilenet": _vision(lambda: Scores(_torchvision("deeplabv3_mobilenet_v3_large", weights_backbone=None)), 64),
     "lraspp_mobilenet": _vision(lambda: Scores(_torchvision("lraspp_mobilenet_v3_large", weights_backbone=None)), 64),
     "unet": _vision(UNet, 64),
+    "ssdlite_mobilenet": _vision(partial(Heads, "ssdlite320_mobilenet_v3_large"), 96),
+    "retinanet": _vision(partial(Heads, "retinanet_resnet50_fpn"), 64),
+    "fcos": _vision(partial(Heads, "fcos_resnet50_fpn"), 64),
     **{
         f"hf/{kind}": Family(make=partial(_bert, kind), inputs=tokens(16, 200), kind="transformer")
         for kind in ("bert", "roberta", "distilbert", "electra")
     },
-    "hf/vit": Family(
-        make=partial(
-            _hf,
-            "ViTConfig",
-            "ViTForImageClassification",
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=128,
-            image_size=32,
-            patch_size=8,
-        ),
-        inputs=images(32),
-        kind="transformer",
+    "hf/vit": _transformer("ViT", "ForImageClassification", images(32), **_SMALL, image_size=32, patch_size=8),
+    "hf/gpt2": _transformer(
+        "GPT2", "LMHeadModel", tokens(16, 200, mask=False), n_embd=64, n_layer=2, n_head=4, **_WORDS, n_positions=64, use_cache=False
     ),
-    "hf/gpt2": Family(
-        make=partial(
-            _hf, "GPT2Config", "GPT2LMHeadModel", n_embd=64, n_layer=2, n_head=4, vocab_size=200, n_positions=64, use_cache=False
-        ),
-        inputs=tokens(16, 200, mask=False),
-        kind="transformer",
-    ),
-    "hf/llama": Family(
-        make=partial(
-            _hf,
-            "LlamaConfig",
-            "LlamaForCausalLM",
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=200,
-            use_cache=False,
-        ),
-        inputs=tokens(16, 200, mask=False),
-        kind="transformer",
+    "hf/llama": _transformer(
+        "Llama", "ForCausalLM", tokens(16, 200, mask=False), **_SMALL, **_WORDS, num_key_value_heads=2, use_cache=False
     ),
     "hf/whisper_encoder": Family(
         make=partial(
@@ -227,64 +222,102 @@ FAMILIES: dict[str, Family] = {
                 decoder_attention_heads=4,
                 decoder_ffn_dim=128,
                 max_source_positions=32,
-                vocab_size=200,
+                **_WORDS,
                 num_mel_bins=20,
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=2,
+                **_ENDS,
                 decoder_start_token_id=1,
             ),
         ),
         inputs=lambda batch, seed: (torch.randn(batch, 20, 64, generator=torch.Generator().manual_seed(seed)),),
         kind="transformer",
     ),
-    "hf/wav2vec2": Family(
-        make=partial(
-            _hf,
-            "Wav2Vec2Config",
-            "Wav2Vec2ForCTC",
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=128,
-            conv_dim=(32, 32),
-            conv_stride=(5, 2),
-            conv_kernel=(10, 3),
-            num_feat_extract_layers=2,
-            vocab_size=32,
-            num_conv_pos_embeddings=16,
-            num_conv_pos_embedding_groups=4,
-        ),
-        inputs=lambda batch, seed: (torch.randn(batch, 1600, generator=torch.Generator().manual_seed(seed)),),
+    "hf/wav2vec2": _transformer(
+        "Wav2Vec2",
+        "ForCTC",
+        lambda batch, seed: (torch.randn(batch, 1600, generator=torch.Generator().manual_seed(seed)),),
+        **_SMALL,
+        conv_dim=(32, 32),
+        conv_stride=(5, 2),
+        conv_kernel=(10, 3),
+        num_feat_extract_layers=2,
+        vocab_size=32,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+    ),
+    "hf/segformer": _transformer(
+        "Segformer",
+        "ForSemanticSegmentation",
+        images(64),
+        depths=[1, 1, 1, 1],
+        hidden_sizes=[16, 32, 40, 64],
+        decoder_hidden_size=64,
+    ),
+    "hf/clip_text": _transformer(
+        "CLIPText",
+        "Model",
+        tokens(16, 200, mask=False),
+        **_SMALL,
+        **_WORDS,
+        max_position_embeddings=32,
+        eos_token_id=2,
+        projection_dim=32,
+    ),
+    "hf/modernbert": _transformer(
+        "ModernBert",
+        "ForSequenceClassification",
+        tokens(16, 200),
+        **_SMALL,
+        **_WORDS,
+        **_ENDS,
+        cls_token_id=1,
+        sep_token_id=2,
+    ),
+    "hf/deberta": _transformer(
+        "DebertaV2",
+        "ForSequenceClassification",
+        tokens(16, 200),
+        **_SMALL,
+        **_WORDS,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+    ),
+    "hf/t5_encoder": Family(
+        make=partial(_hf, "T5Config", "T5EncoderModel", d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, **_WORDS),
+        inputs=tokens(16, 200),
         kind="transformer",
     ),
-    "hf/segformer": Family(
-        make=partial(
-            _hf,
-            "SegformerConfig",
-            "SegformerForSemanticSegmentation",
-            depths=[1, 1, 1, 1],
-            hidden_sizes=[16, 32, 40, 64],
-            decoder_hidden_size=64,
-        ),
-        inputs=images(64),
-        kind="transformer",
+    "hf/gemma2": _transformer(
+        "Gemma2", "ForCausalLM", tokens(16, 200), **_SMALL, **_WORDS, num_key_value_heads=2, head_dim=16, use_cache=False
     ),
-    "hf/clip_text": Family(
-        make=partial(
-            _hf,
-            "CLIPTextConfig",
-            "CLIPTextModel",
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            vocab_size=200,
-            max_position_embeddings=32,
-            eos_token_id=2,
-            projection_dim=32,
-        ),
-        inputs=tokens(16, 200, mask=False),
-        kind="transformer",
+    "hf/qwen2": _transformer("Qwen2", "ForCausalLM", tokens(16, 200), **_SMALL, **_WORDS, num_key_value_heads=2, use_cache=False),
+    "hf/dinov2": _transformer("Dinov2", "Model", images(64), **_SMALL, image_size=64, patch_size=16),
+    "hf/yolos": _transformer(
+        "Yolos", "ForObjectDetection", images(64), **_SMALL, image_size=[64, 64], patch_size=16, num_detection_tokens=10
+    ),
+    "hf/detr": _transformer(
+        "Detr",
+        "ForObjectDetection",
+        images(64),
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+        num_queries=10,
+        use_pretrained_backbone=False,
+        backbone="resnet18",
+    ),
+    "hf/dpt": _transformer(
+        "DPT",
+        "ForDepthEstimation",
+        images(64),
+        **_SMALL | {"num_hidden_layers": 4},
+        image_size=64,
+        patch_size=16,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[16, 32, 64, 64],
+        fusion_hidden_size=32,
     ),
 }
