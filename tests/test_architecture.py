@@ -29,6 +29,7 @@ LEVELS = (
         "graph",
         "channels",
         "outputs",
+        "moves",
         "decompose",
         "simplify",
         "capture",

@@ -1,0 +1,191 @@
+"""Ops that move values, resize images or pool windows, in those that ONNX has an operator for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_END = 2**63 - 1
+"""What a slice to the end of a dimension has for its end."""
+
+
+def copy(into: Tensor, x: Tensor, non_blocking: bool = False) -> Tensor:
+    """What is written over the whole of another tensor."""
+    return x.to(into.dtype).expand(into.shape)
+
+
+def fill(into: Tensor, number: Tensor | float) -> Tensor:
+    """One number everywhere."""
+    return copy(into, number) if isinstance(number, Tensor) else torch.full_like(into, number)
+
+
+def slice_scatter(x: Tensor, part: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
+    """What an assignment to a slice leaves: what stands before it, the new part, and what stands behind it."""
+    size = x.shape[dim]
+    if step == 1 and not start and (end is None or (isinstance(end, int) and end >= _END)):
+        return copy(x, part)
+    if step != 1 or not all(number is None or isinstance(number, int) for number in (size, start, end)):
+        return NotImplemented
+    first, last, _ = slice(start, end).indices(size)
+    pieces = [x.narrow(dim, 0, first), copy(x.narrow(dim, first, last - first), part), x.narrow(dim, last, size - last)]
+    return torch.cat([piece for piece in pieces if piece.shape[dim]], dim)
+
+
+def select_scatter(x: Tensor, part: Tensor, dim: int, index: int) -> Any:
+    """What an assignment to one place along a dimension leaves."""
+    if not isinstance(index, int) or not isinstance(x.shape[dim], int):
+        return NotImplemented
+    first = index % x.shape[dim]
+    return slice_scatter(x, part.unsqueeze(dim), dim, first, first + 1)
+
+
+def index(x: Tensor, indices: Sequence[Tensor | None]) -> Any:
+    """A table of places along one dimension, which ONNX takes as they are."""
+    places = [(dim, found) for dim, found in enumerate(indices) if found is not None]
+    if len(places) != 1:
+        return NotImplemented
+    dim, found = places[0]
+    if found.dtype == torch.bool or found.dim() != 1 or not isinstance(x.shape[dim], int):
+        return NotImplemented
+    return x.index_select(dim, torch.where(found < 0, found + x.shape[dim], found))
+
+
+def repeat_interleave(x: Tensor, repeats: int, dim: int | None = None, *, output_size: int | None = None) -> Any:
+    """Every part along a dimension `repeats` times."""
+    if dim is None or not isinstance(repeats, int):
+        return NotImplemented
+    dim %= x.dim()
+    parts = x.unsqueeze(dim + 1)
+    return parts.expand(*(-1 if d != dim + 1 else repeats for d in range(parts.dim()))).flatten(dim, dim + 1)
+
+
+def channel_shuffle(x: Tensor, groups: int) -> Tensor:
+    """The channels of all groups in turn, by moving alone."""
+    batch, channels, *sides = x.shape
+    return x.reshape(batch, groups, channels // groups, *sides).transpose(1, 2).reshape(batch, channels, *sides)
+
+
+def unbind(x: Tensor, dim: int = 0) -> list[Tensor]:
+    """Every part along one dimension."""
+    return [x.select(dim, index) for index in range(x.shape[dim])]
+
+
+def roll(x: Tensor, shifts: list[int], dims: list[int] | None = None) -> Any:
+    """The end of every dimension in `dims` before its beginning, where their sizes are known."""
+    if not all(isinstance(size, int) for size in (x.shape[dim] for dim in dims or range(x.dim()))):
+        return NotImplemented
+    if not dims:
+        return roll(x.reshape(-1), shifts, [0]).reshape(x.shape)
+    for shift, dim in zip(shifts, dims, strict=True):
+        size = x.shape[dim]
+        start = (size - shift) % size
+        x = torch.cat([x.narrow(dim, start, size - start), x.narrow(dim, 0, start)], dim) if start else x
+    return x
+
+
+def stack(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """Along a new dimension."""
+    return torch.cat([tensor.unsqueeze(dim) for tensor in tensors], dim)
+
+
+def nearest_exact(x: Tensor, output_size: list[int] | None, scale_factors: list[float] | None) -> Any:
+    """To a multiple of the size it is what `nearest` is, which targets have."""
+    sides = x.shape[2:]
+    known = all(isinstance(size, int) for size in (*sides, *(output_size or ())))
+    ratios = scale_factors if output_size is None else [a / b for a, b in zip(output_size, sides, strict=True)] if known else None
+    if ratios is None or any(ratio != int(ratio) for ratio in ratios):
+        return NotImplemented
+    return torch.ops.aten.upsample_nearest2d.vec(x, output_size, scale_factors)
+
+
+def upsample_linear1d(x: Tensor, output_size: list[int] | None, align_corners: bool, scale_factors: list[float] | None) -> Tensor:
+    """By the resizing of an image that is one pixel high."""
+    sizes, factors = (None if given is None else [1, *given] for given in (output_size, scale_factors))
+    made: Tensor = torch.ops.aten.upsample_bilinear2d.vec(x.unsqueeze(2), sizes, align_corners, factors)
+    return made.squeeze(2)
+
+
+def _adaptive_avg_pool(sides: int) -> Callable[[Tensor, list[int]], Any]:
+    """Pooling by equal windows, the resizing that a pooling to a multiple is, or a mean of every window, one side after the other.
+
+    ONNX has an operator for the first alone.
+    """
+
+    def pool(x: Tensor, output_size: list[int]) -> Any:
+        functional: Any = torch.nn.functional
+        if sides == 1 and list(output_size) == [1]:
+            return x.mean(-1, keepdim=True)
+        before = x.shape[-sides:]
+        if not all(isinstance(size, int) for size in before):
+            return NotImplemented
+        if (kernel := _windows(x, output_size)) is not None:
+            return functional.avg_pool1d(x, kernel) if sides == 1 else NotImplemented  # of images it is an op of the vocabulary
+        if all(after % size == 0 for size, after in zip(before, output_size, strict=True)) and x.dim() == sides + 2:
+            return functional.interpolate(x, size=list(output_size), mode="nearest")
+        for dim, after in zip(range(-sides, 0), output_size, strict=True):
+            size = x.shape[dim]
+            spans = [(i * size // after, -(-(i + 1) * size // after)) for i in range(after)]
+            parts = [x.narrow(dim, start, end - start) for start, end in spans]
+            x = torch.cat([part if part.shape[dim] == 1 else part.mean(dim, keepdim=True) for part in parts], dim)
+        return x
+
+    return pool
+
+
+def _adaptive_max_pool(sides: int) -> Callable[[Tensor, list[int]], Any]:
+    """Pooling by windows of one size, where they divide the whole; it has places as a second result."""
+
+    def pool(x: Tensor, output_size: list[int]) -> Any:
+        kernel = _windows(x, output_size)
+        if kernel is None:
+            return NotImplemented
+        functional: Any = torch.nn.functional
+        plain, placed = (getattr(functional, f"max_pool{sides}d{end}") for end in ("", "_with_indices"))
+        return plain(x, kernel), placed(x, kernel)[1]
+
+    return pool
+
+
+def _windows(x: Tensor, output_size: list[int]) -> list[int] | None:
+    """The windows of an adaptive pooling; None where they differ, or where the size of the input is open."""
+    before = x.shape[x.dim() - len(output_size) :]
+    if not all(isinstance(size, int) for size in before) or any(b % a for b, a in zip(before, output_size, strict=True)):
+        return None
+    return [int(b) // a for b, a in zip(before, output_size, strict=True)]
+
+
+def pixel_unshuffle(x: Tensor, downscale_factor: int) -> Tensor:
+    """Squares of pixels become channels, by moving alone; the operator of ONNX has them in another order."""
+    r = downscale_factor
+    *lead, channels, height, width = x.shape
+    parts = x.reshape(*lead, channels, height // r, r, width // r, r)
+    axes = [parts.dim() + axis for axis in (-5, -3, -1, -4, -2)]
+    return parts.permute(*range(len(lead)), *axes).reshape(*lead, channels * r * r, height // r, width // r)
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.copy.default: copy,
+    torch.ops.aten.fill.Scalar: fill,
+    torch.ops.aten.fill.Tensor: fill,
+    torch.ops.aten.slice_scatter.default: slice_scatter,
+    torch.ops.aten.select_scatter.default: select_scatter,
+    torch.ops.aten.index.Tensor: index,
+    torch.ops.aten.repeat_interleave.self_int: repeat_interleave,
+    torch.ops.aten._upsample_nearest_exact2d.vec: nearest_exact,
+    torch.ops.aten.unbind.int: unbind,
+    torch.ops.aten.stack.default: stack,
+    torch.ops.aten.upsample_linear1d.vec: upsample_linear1d,
+    torch.ops.aten.adaptive_avg_pool1d.default: _adaptive_avg_pool(1),
+    torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_avg_pool(2),
+    torch.ops.aten.adaptive_avg_pool3d.default: _adaptive_avg_pool(3),
+    torch.ops.aten.adaptive_max_pool1d.default: _adaptive_max_pool(1),
+    torch.ops.aten.adaptive_max_pool2d.default: _adaptive_max_pool(2),
+    torch.ops.aten.adaptive_max_pool3d.default: _adaptive_max_pool(3),
+    torch.ops.aten.roll.default: roll,
+    torch.ops.aten.channel_shuffle.default: channel_shuffle,
+    torch.ops.aten.pixel_unshuffle.default: pixel_unshuffle,
+}
+"""Part of the table in `decompose`."""
