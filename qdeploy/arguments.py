@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 BATCH = 32
 
-Model = Annotated[str, typer.Argument(help="a .pt2, an ONNX file, a pickled module, a state dict (with --arch), or MODULE:CALLABLE")]
+_MODEL = "a .pt2, an ONNX file (FILE.onnx:TENSOR,... up to these), a pickled module, a state dict (with --arch), or MODULE:CALLABLE"
+Model = Annotated[str, typer.Argument(help=_MODEL)]
 BackendName = Annotated[str, typer.Option("--backend", help="the target: see `qdeploy backends`, or your own NPU.py")]
 BackendNames = Annotated[str, typer.Option("--backend", help="the target, or several with commas: see `qdeploy backends`")]
 Scheme = "such as 'int4 symmetric per-channel', where the target leaves the choice"

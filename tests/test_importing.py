@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import networks
 import numpy as np
 import onnx
 import onnx_networks
+import onnxruntime
 import pytest
 import torch
 from onnx_networks import written
@@ -99,9 +101,9 @@ def test_a_network_comes_back_with_its_values_an_open_batch_and_its_layers(name:
     ("name", "opset", "wanted"),
     [
         ("decoder", 18, {"down", "group", "silu", "up", "instance", "act"}),
-        ("squeeze", 18, {"stem", "hardswish", "reduce", "relu", "expand", "hardsigmoid", "mish", "fc"}),
-        ("vision", 18, {"patch", "norm", "norm_1", "attention", "mlp.0", "mlp.1", "mlp.2", "fc"}),
-        ("shuffle", 13, {"stem", "branch.0", "branch.2", "branch.3", "fc"}),
+        ("squeeze", 18, {"stem", "hardswish", "reduce", "relu", "expand", "hardsigmoid", "mish", "fc.weight"}),
+        ("vision", 18, {"patch", "norm", "norm_1", "attention", "mlp.0", "mlp.1", "mlp.2", "fc.weight"}),
+        ("shuffle", 13, {"stem", "branch.0", "branch.2", "branch.3", "fc.weight"}),
     ],
 )
 def test_tensors_are_named_after_the_modules_that_the_exporter_noted(name: str, opset: int, wanted: set[str]):
@@ -138,7 +140,7 @@ def test_a_fixed_batch_is_opened_where_samples_do_not_mix(name: str, dynamo: boo
     net, data = network(name)
     captured = capture(program(exported(name, 18 if dynamo else 13, dynamo, fixed=True)), tuple(t[:1] for t in data))
     assert captured.dynamic_batch
-    torch.testing.assert_close(captured.module(*data)[0], net(*data), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(networks.flat(captured.module(*data))[0], net(*data), rtol=1e-4, atol=1e-4)
 
 
 def test_a_batch_that_cannot_be_opened_stays_fixed_with_a_note():
@@ -146,7 +148,7 @@ def test_a_batch_that_cannot_be_opened_stays_fixed_with_a_note():
     one = tuple(t[:1] for t in data)
     captured = capture(program(exported("vision", fixed=True)), None)
     assert not captured.dynamic_batch and "the batch stays fixed at 1" in captured.notes[0]
-    torch.testing.assert_close(captured.module(*one)[0], net(*one), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(networks.flat(captured.module(*one))[0], net(*one), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [2.0, 1.5], ids=["whole scale", "half scale"])
@@ -163,7 +165,7 @@ def test_other_open_sizes_stay_open_or_are_those_of_the_example_with_a_note(scal
         x = torch.rand(3, 2, 5, 11)
     else:
         assert captured.inputs == fixed.inputs and "does not leave 'H' open" in captured.notes[0]
-    torch.testing.assert_close(captured.module(x)[0], nn.functional.interpolate(x, scale_factor=scale))
+    torch.testing.assert_close(networks.flat(captured.module(x))[0], nn.functional.interpolate(x, scale_factor=scale))
 
 
 FLOATS = "float[N, 4] x"
@@ -172,7 +174,13 @@ BAD = {
         "y = Det(x)",
         18,
         InputError,
-        ["node 'Det0' (Det, domain ai.onnx, opset 18)", "allowed: Abs, Add, ", "export the model again"],
+        [
+            "node 'Det0' (Det, domain ai.onnx, opset 18)",
+            "which reads inputs only",
+            "allowed: Abs, Add, ",
+            "m.onnx:TENSOR,TENSOR'",
+            "export it again",
+        ],
     ),
     "another domain": ("y = com.acme.Relu(x)", 18, InputError, ["node 'Relu0' (Relu, domain com.acme, opset 1)", "not supported"]),
     "recurrent layers": ("y = GRU<hidden_size=3>(x, x, x)", 18, InputError, ["node 'GRU0' (GRU, domain ai.onnx", "recurrent layers"]),
@@ -241,6 +249,44 @@ def test_what_cannot_be_imported_is_refused_with_the_node_and_what_is_supported(
     assert not [word for word in words if word not in message], message
 
 
+DETECTOR = """
+    y = Conv (x, w)
+    flat = Reshape (y, shape)
+    boxes = Transpose <perm = [0, 2, 1]> (flat)
+    best = ReduceMax <keepdims = 0> (y, axis)
+    scores = Reshape (best, row)
+    chosen = NonMaxSuppression (boxes, scores, most, overlap, overlap)
+    small = Less (size, most)
+"""
+
+
+def detector(path: Path) -> Path:
+    constants = {"shape": np.array([0, 5, -1]), "axis": np.array([1]), "row": np.array([0, 1, -1]), "most": np.array([9])}
+    w, overlap = np.random.default_rng(0).normal(size=(5, 3, 1, 1)).astype(np.float32), np.array([0.5], np.float32)
+    inputs = "float[N, 3, 8, 8] x, int64[1] size"
+    return written(path, inputs, "int64[M, 3] chosen, bool[1] small", DETECTOR, 18, **constants, w=w, overlap=overlap)
+
+
+def test_a_detector_ends_before_its_boxes_are_sorted_out_and_keeps_the_names_of_its_outputs(tmp_path: Path) -> None:
+    path = detector(tmp_path / "m.onnx")
+    with pytest.raises(InputError, match=r"\(NonMaxSuppression.*\), which reads 'boxes', 'scores'; .* end the model before them"):
+        load_model(path)
+    part = load_model(f"{path}:scores, boxes")
+    x = torch.randn(2, 3, 8, 8)
+    made = part.module()(x)  # type: ignore[union-attr]
+    assert {name: tuple(t.shape) for name, t in made.items()} == {"scores": (2, 1, 64), "boxes": (2, 64, 5)}
+    artifact = qdeploy.quantize(part, [x], "snpe", tmp_path / "out", recipe="plain")
+    session = onnxruntime.InferenceSession(str(artifact.path / "model.onnx"))
+    assert [value.name for value in session.get_inputs()] == ["x"]
+    assert [value.name for value in session.get_outputs()] == ["scores", "boxes"]
+
+
+@pytest.mark.parametrize(("end", "words"), [("scorse", "did you mean 'scores'?"), ("x", "cannot end at 'x'"), ("", "cannot end at ''")])
+def test_a_part_must_end_at_what_a_node_makes(tmp_path: Path, end: str, words: str) -> None:
+    with pytest.raises(InputError, match=re.escape(words)):
+        load_model(f"{detector(tmp_path / 'm.onnx')}:{end}")
+
+
 def test_recurrent_modules_are_refused_by_name(tmp_path: Path):
     path = tmp_path / "m.onnx"
     torch.onnx.export(onnx_networks.Recurrent().eval(), (torch.rand(2, 5, 4),), str(path), opset_version=17, dynamo=False)
@@ -268,7 +314,7 @@ def test_data_beside_the_file_is_read_and_no_other(tmp_path: Path):
     path.parent.mkdir()
     onnx.save(model, path, save_as_external_data=True, location="m.data", size_threshold=0)
     x = torch.rand(2, 4)
-    torch.testing.assert_close(program(path).module()(x)[0], x[:, :3])
+    torch.testing.assert_close(networks.flat(program(path).module()(x))[0], x[:, :3])
     (path.parent / "m.data").rename(tmp_path / "m.data")
     with pytest.raises(InputError, match=r"a file that is missing; found: no 'm.data', which holds the tensor 'w'"):
         load_model(path)
@@ -285,7 +331,7 @@ def test_functions_of_the_file_are_inlined(tmp_path: Path):
     function = '<domain: "own", opset_import: ["" : 18]> twice (a) => (b) { two = Constant<value_float=2.0>()\n b = Mul(a, two) }'
     path = written(tmp_path / "m.onnx", FLOATS, "float[N, 4] y", "z = own.twice(x)\n y = own.twice(z)", functions=function)
     x = torch.rand(2, 4)
-    torch.testing.assert_close(program(path).module()(x)[0], 4 * x)
+    torch.testing.assert_close(networks.flat(program(path).module()(x))[0], 4 * x)
 
 
 def test_inputs_keep_their_names_as_far_as_python_allows(tmp_path: Path):
@@ -300,7 +346,7 @@ def test_inputs_keep_their_names_as_far_as_python_allows(tmp_path: Path):
     a, b, c = torch.rand(3, 2, 4)
     captured = capture(program(path), (a, b, c))
     assert [spec.name for spec in captured.inputs] == ["input_1", "class_", "graph"]
-    torch.testing.assert_close(captured.module(a, b, c)[0], (a + b) * c)
+    torch.testing.assert_close(networks.flat(captured.module(a, b, c))[0], (a + b) * c)
 
 
 def test_the_command_line_quantizes_and_verifies_an_onnx_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

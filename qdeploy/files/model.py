@@ -2,6 +2,7 @@
 
 model.pt2                  torch.export.save               an ExportedProgram
 model.onnx                 any exporter                    an ExportedProgram; a module where more sizes than the batch are open
+model.onnx:boxes,scores    the same                        the same of the part that makes these tensors
 weights.pt --arch M:C      a state dict, or safetensors    the module that C() returns, with these weights
 module.pt --allow-pickle   torch.save(module)              the module; unpickling runs code from the file
 zoo.py:make                                                what make() returns
@@ -44,6 +45,7 @@ def load_model(path: Path | str, *, arch: str | None = None, allow_pickle: bool 
     `arch` is the MODULE:CALLABLE that returns the module to which a state dict belongs. Raises `InputError` for files that
     cannot be used, `OptionError` where `arch` is missing, wrong or of no use, `NotInstalledError` without safetensors.
     """
+    path, ends = _part(str(path))
     if is_reference(str(path)):
         _refuse_arch(arch, f"'{path}' returns a whole model")
         return _from_callable(str(path))
@@ -56,7 +58,7 @@ def load_model(path: Path | str, *, arch: str | None = None, allow_pickle: bool 
         from qdeploy.importing.program import load
 
         _refuse_arch(arch, f"'{path}' holds a whole model")
-        return load(path)
+        return load(path, ends)
     content = _read_safetensors(path) if kind == "safetensors" else _read_torch(path, allow_pickle)
     if isinstance(content, Mapping):
         content = _unwrap(content)
@@ -66,6 +68,18 @@ def load_model(path: Path | str, *, arch: str | None = None, allow_pickle: bool 
     if not isinstance(content, dict):
         raise InputError(f"'{path}' holds no model", found=_describe(content), allowed=MODEL_FILES, action=EXPORT)
     return _from_state(path, content, arch)
+
+
+def _part(text: str) -> tuple[Path | str, tuple[str, ...]]:
+    """The path in MODEL.onnx:TENSOR,TENSOR and the tensors; `text` itself where it names no tensors.
+
+    >>> _part("yolo.onnx:boxes,scores:0")[1], _part("zoo.py:make")
+    (('boxes', 'scores:0'), ('zoo.py:make', ()))
+    """
+    name, mark, tensors = text.partition(".onnx:")
+    if not mark or Path(text).exists():
+        return text, ()
+    return Path(f"{name}.onnx"), tuple(tensor.strip() for tensor in tensors.split(","))
 
 
 def _refuse_arch(arch: str | None, reason: str) -> None:

@@ -79,7 +79,7 @@ class Builder:
         self.crowd = Counter(_module(node) for node in model.graph if node.op_type != "Constant")
 
     def module(self) -> fx.GraphModule:
-        """The whole graph as a module that returns a tuple."""
+        """The whole graph as a module that returns its outputs by their names in the file."""
         graph = self.model.graph
         for value in graph.inputs:
             if value.name not in graph.initializers:
@@ -89,7 +89,7 @@ class Builder:
             self.made[value] = constant(self._tensor(value.const_value, f"the tensor '{value.name}'"), learned=True)
         for node in graph:
             self._node(node)
-        self.graph.output(tuple(self._output(value) for value in graph.outputs))
+        self.graph.output({(value.name or f"output_{at}"): self._output(value) for at, value in enumerate(graph.outputs)})
         module = fx.GraphModule(self.root, self.graph)
         module.meta["given"] = {".".join(_parts(name)) for name in graph.initializers}
         return module.eval()

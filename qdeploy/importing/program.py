@@ -19,13 +19,13 @@ from qdeploy.importing.graph import Builder
 from qdeploy.importing.read import read
 
 
-def load(path: Path) -> ExportedProgram | fx.GraphModule:
-    """The model in the ONNX file at `path`.
+def load(path: Path, ends: Sequence[str] = ()) -> ExportedProgram | fx.GraphModule:
+    """The model in the ONNX file at `path`, up to the tensors `ends`, or all of it.
 
     An exported program, whose batch is open where the file's is; where other sizes are open as well, the module, to be exported with
     the caller's example, and what is open in its `meta`. Raises `InputError` and `CaptureError` with the node that cannot be imported.
     """
-    model = read(path)
+    model = read(path, ends)
     inputs = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
     shapes = [_shape(path, value) for value in inputs]
     if not inputs:

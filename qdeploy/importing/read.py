@@ -5,12 +5,12 @@ No code of the file is run. Tensors that the file keeps in other files are read 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
+from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 
 from qdeploy.errors import InputError
 from qdeploy.importing import elementwise, layers, reducing, shaping
@@ -33,8 +33,11 @@ def supported() -> list[str]:
     return sorted({*OPERATORS, "Constant"} - set(_OWN))
 
 
-def read(path: Path) -> ir.Model:
-    """The model in the file. Raises `InputError` for one that is damaged, quantized, or has what the importer does not know."""
+def read(path: Path, ends: Sequence[str] = ()) -> ir.Model:
+    """The model in the file, up to the tensors `ends`, or all of it.
+
+    Raises `InputError` for one that is damaged, quantized, or has what the importer does not know.
+    """
     try:
         model = ir.load(path)
     except Exception as error:  # protobuf and onnx_ir raise many kinds for damaged files
@@ -47,8 +50,26 @@ def read(path: Path) -> ir.Model:
         raise InputError(
             f"cannot order the nodes of '{path}'", found=_short(error), action="check it with onnx.checker, or export it again"
         ) from error
+    if ends:
+        _end_at(path, made.model, ends)
     _check(path, made.model)
     return made.model
+
+
+def _end_at(path: Path, model: ir.Model, ends: Sequence[str]) -> None:
+    """Return the tensors `ends` instead of the file's outputs, and drop what these do not need."""
+    made = {value.name: value for node in model.graph for value in node.outputs if value.name}
+    for name in ends:
+        if name not in made:
+            near = get_close_matches(name, made, n=1)
+            action = f"did you mean '{near[0]}'?" if near else "look the names up, as with Netron"
+            raise InputError(f"'{path}' cannot end at '{name}'", found="no such tensor", allowed="what a node makes", action=action)
+    taken = [value for value in model.graph.inputs if value.uses()]
+    model.graph.outputs[:] = [made[name] for name in dict.fromkeys(ends)]
+    RemoveUnusedNodesPass()(model)
+    for value in taken:
+        if not value.uses():
+            model.graph.inputs.remove(value)
 
 
 def where(node: ir.Node, opset: int | None) -> str:
@@ -104,14 +125,20 @@ def _check(path: Path, model: ir.Model) -> None:
     if unknown:
         known = supported()
         near = [f"nearest: {name}" for name in get_close_matches(unknown[0].op_type, known, n=1)]
-        places = [where(node, model.opset_imports.get(node.domain, opset)) for node in unknown[:3]]
+        places = [f"{where(node, model.opset_imports.get(node.domain, opset))}, which reads {_reads(node)}" for node in unknown[:3]]
         more = f", and {len(unknown) - 3} more nodes" if len(unknown) > 3 else ""
         raise InputError(
             f"'{path}' has operators that are not supported",
             found=", ".join([*places, *near]) + more,
             allowed=", ".join(known),
-            action="export the model again with these operators, or give the PyTorch model itself",
+            action=f"end the model before them, with '{path}:TENSOR,TENSOR', export it again without them, or give the PyTorch model",
         )
+
+
+def _reads(node: ir.Node) -> str:
+    """The tensors that `node` reads of other nodes, and where it reads none, of the inputs."""
+    values = [value for value in node.inputs if value is not None and not value.is_initializer()]
+    return ", ".join(f"'{value.name}'" for value in values if value.producer() is not None) or "inputs only"
 
 
 def _check_node(path: Path, node: ir.Node, opset: int | None) -> None:
