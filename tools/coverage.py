@@ -200,7 +200,7 @@ def brief(result: dict[str, Any]) -> str:
     if "error" in result:
         return f"FAILED at {result['step']}: {result['error']}"
     if "difference" in result:
-        return f"ONNX round trip {result['difference']:.1e}, {'open' if result['open batch'] else 'fixed'} batch, {result['seconds']} s"
+        return f"ONNX round trip {result['difference']:.1e}, batch {result['batch']}, {result['seconds']} s"
     shares = " ".join(f"{name} {100 * share:.1f}%" for name, share in result["share"].items())
     gaps = {name: found[:3] for name, found in result.get("missing", {}).items() if found}
     shares += f", missing {gaps}" if gaps else ""
@@ -233,8 +233,7 @@ def round_trips(known: dict[str, Any]) -> str:
     rows = [["family", "ONNX round trip", "torch to ONNX Runtime", "batch", "seconds", "what failed"]]
     for name, result in known.items():
         differences = [f"{result[key]:.1e}" if key in result else "" for key in ("difference", "rounding")]
-        batch = {True: "open", False: "fixed", None: ""}[result.get("open batch")]
-        rows.append([name, *differences, batch, str(result.get("seconds", "")), why(result)])
+        rows.append([name, *differences, str(result.get("batch", "")), str(result.get("seconds", "")), why(result)])
     good = sum("error" not in result for result in known.values())
     return f"{good} of {len(known)} families come back from ONNX.\n\n{table(rows)}"
 
