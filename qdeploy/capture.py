@@ -92,7 +92,7 @@ def _from_module(
             notes.append(f"sizes that the file leaves open are those of the example: {error}")
     wanted = dynamic or {}
     # torch.export takes a batch of 1 for a constant, so the example has at least 2
-    call = given.changed(lambda _, t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t.clone())
+    call = given.changed(lambda _, t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t)
     dimensions.check(wanted, call.names, call.tensors)
     try:
         program = _export(model, call, wanted)
@@ -151,7 +151,7 @@ def _call(model: nn.Module, given: Batch | None) -> Call:
         action = "give a tensor, a tuple of tensors or a mapping from names to tensors"
         raise InputError("example inputs are no tensors", found=type(given).__name__, action=action)
     _tensors(given.values() if isinstance(given, Mapping) else ordered(given, ()))
-    return Call.of(model, given)
+    return Call.of(model, given).changed(lambda _, t: t.clone())
 
 
 def _tensors(given: Iterable[Tensor]) -> tuple[Tensor, ...]:
