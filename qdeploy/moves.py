@@ -62,6 +62,49 @@ def repeat_interleave(x: Tensor, repeats: int, dim: int | None = None, *, output
     return parts.expand(*(-1 if d != dim + 1 else repeats for d in range(parts.dim()))).flatten(dim, dim + 1)
 
 
+def rot90(x: Tensor, k: int = 1, dims: Sequence[int] = (0, 1)) -> Tensor:
+    """Quarter turns: a mirror and an exchange of two dimensions, or two mirrors."""
+    first, second = dims
+    turned = {0: (), 1: (second,), 2: (first, second), 3: (first,)}[k % 4]
+    x = x.flip(turned) if turned else x
+    return x.transpose(first, second) if k % 2 else x
+
+
+def unfold(x: Tensor, dimension: int, size: int, step: int) -> Any:
+    """Windows along one dimension, which stands for their number afterwards; their insides are the last one."""
+    if not x.dim():
+        return NotImplemented
+    dim = dimension % x.dim()
+    length = x.shape[dim]
+    if not all(isinstance(number, int) for number in (length, size, step)):
+        return NotImplemented
+    if step == size and length % size == 0:
+        return x.reshape(*x.shape[:dim], length // size, size, *x.shape[dim + 1 :]).movedim(dim + 1, -1)
+    starts = range(0, length - size + 1, step)
+    return torch.cat([x.narrow(dim, start, size).unsqueeze(dim) for start in starts], dim).movedim(dim + 1, -1)
+
+
+def im2col(x: Tensor, kernel_size: list[int], dilation: list[int], padding: list[int], stride: list[int]) -> Any:
+    """The pixels that each place of a kernel meets: slices with steps, side by side; windows that touch without a gap are reshaped."""
+    if x.dim() != 4 or not all(isinstance(size, int) for size in x.shape[1:]):
+        return NotImplemented
+    x = torch.nn.functional.pad(x, [padding[1], padding[1], padding[0], padding[0]]) if any(padding) else x
+    channels, *sides = x.shape[1:]
+    sizes = [(n - d * (k - 1) - 1) // s + 1 for n, k, d, s in zip(sides, kernel_size, dilation, stride, strict=True)]
+    (rows, columns), (height, width) = sizes, kernel_size
+    if kernel_size == stride and dilation == [1, 1] and sides == [rows * height, columns * width]:
+        parts = x.reshape(-1, channels, rows, height, columns, width).permute(0, 1, 3, 5, 2, 4)
+        return parts.reshape(-1, channels * height * width, rows * columns)
+
+    def part(i: int, j: int) -> Tensor:
+        top, left = i * dilation[0], j * dilation[1]
+        bottom, right = top + stride[0] * (rows - 1) + 1, left + stride[1] * (columns - 1) + 1
+        return x[:, :, top : bottom : stride[0], left : right : stride[1]].unsqueeze(2)
+
+    met = torch.cat([part(i, j) for i in range(height) for j in range(width)], 2)
+    return met.reshape(-1, channels * height * width, rows * columns)
+
+
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     """The channels of all groups in turn, by moving alone."""
     batch, channels, *sides = x.shape
@@ -174,6 +217,9 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.select_scatter.default: select_scatter,
     torch.ops.aten.index.Tensor: index,
     torch.ops.aten.repeat_interleave.self_int: repeat_interleave,
+    torch.ops.aten.rot90.default: rot90,
+    torch.ops.aten.unfold.default: unfold,
+    torch.ops.aten.im2col.default: im2col,
     torch.ops.aten._upsample_nearest_exact2d.vec: nearest_exact,
     torch.ops.aten.unbind.int: unbind,
     torch.ops.aten.stack.default: stack,

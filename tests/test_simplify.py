@@ -369,6 +369,17 @@ SPELLED = {
     "repeat_interleave": (lambda x: x.repeat_interleave(3, -1), (1, 6, 6)),
     "_upsample_nearest_exact2d": (lambda x: F.interpolate(x, scale_factor=3, mode="nearest-exact"), (1, 2, 4, 5)),
     "_upsample_nearest_exact2d to a multiple": (lambda x: F.interpolate(x, size=(8, 5), mode="nearest-exact"), (1, 2, 4, 5)),
+    "rot90": (lambda x: torch.rot90(x, 1, (2, 3)), (1, 2, 4, 5)),
+    "rot90 back": (lambda x: torch.rot90(x, -1, (3, 2)), (1, 2, 4, 5)),
+    "rot90 by two": (lambda x: torch.rot90(x, 2, (1, 3)), (1, 2, 4, 5)),
+    "rot90 by three": (lambda x: torch.rot90(x, 3, (1, 2)), (1, 2, 4, 5)),
+    "unfold": (lambda x: x.unfold(1, 3, 2), (1, 8, 5)),
+    "unfold without gaps": (lambda x: x.unfold(-1, 3, 3), (1, 2, 6)),
+    "unfold that leaves some out": (lambda x: x.unfold(2, 3, 3), (1, 2, 8, 2)),
+    "im2col": (lambda x: F.unfold(x, 3), (1, 2, 6, 5)),
+    "im2col with all of its options": (lambda x: F.unfold(x, (2, 3), (2, 1), (1, 2), (1, 2)), (1, 2, 7, 6)),
+    "im2col without gaps": (lambda x: F.unfold(x, (2, 3), stride=(2, 3)), (1, 3, 4, 6)),
+    "im2col that leaves some out": (lambda x: F.unfold(x, 2, stride=2), (1, 3, 5, 6)),
     "baddbmm": (lambda x: torch.baddbmm(x, x, x.transpose(1, 2), beta=0.5, alpha=0.1), (1, 6, 6)),
 }
 

@@ -168,6 +168,7 @@ OPS: dict[str, Op] = {
     "space to depth by slices": lambda x: torch.cat([x[:, ::2, a::2, b::2] for a in (0, 1) for b in (0, 1)], 1)[:, :8],
     "picked channels": lambda x: x[:, [3, 0, -1, 2, 2, 7, 6, 5]],
     "written into": written,
+    "patches": lambda x: F.unfold(x, 3, padding=1).unflatten(1, (8, 9)).mean(2).unflatten(2, (6, 6)),
     "spread of the sides": lambda x: (x - x.mean((2, 3), keepdim=True)) / (x.std((2, 3), keepdim=True) + 1),
     "repeated channels": lambda x: x[:, :4].repeat_interleave(2, 1),
     "padding": lambda x: F.pad(x, (1, 0, 0, 1)),
