@@ -193,6 +193,11 @@ def check_tensor(tensor: Tensor, spec: TensorSpec) -> None:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype != spec.dtype:
         raise InputError(f"input '{spec.name}' has the wrong dtype", found=dtype, allowed=spec.dtype)
-    fits = tensor.dim() == len(spec.shape) and all(want in (None, size) for want, size in zip(spec.shape, tensor.shape, strict=True))
-    if not fits or 0 in tensor.shape:
-        raise InputError(f"input '{spec.name}' has the wrong shape", found=list(tensor.shape), allowed=show_shape(spec.shape))
+    same = tensor.dim() == len(spec.shape)
+    fits = [want in (None, size) for want, size in zip(spec.shape, tensor.shape, strict=False)]
+    if not same or not all(fits) or 0 in tensor.shape:
+        fixed = same and fits and not fits[0] and all(fits[1:])
+        action = f"give batches of {spec.shape[0]}, which alone the captured model computes" if fixed else None
+        raise InputError(
+            f"input '{spec.name}' has the wrong shape", found=list(tensor.shape), allowed=show_shape(spec.shape), action=action
+        )

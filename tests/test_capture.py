@@ -289,6 +289,9 @@ def test_a_model_that_fixes_the_batch_is_captured_at_that_of_the_example_with_a_
     (note,) = captured.notes
     assert f"the batch stays fixed at {batch}" in note
     assert "batch" in note.partition("(")[2]
+    prepared = qdeploy.prepare(model, images(batch), "snpe", "plain")
+    with pytest.raises(InputError, match=f"to do: give batches of {batch},"):
+        qdeploy.calibrate(prepared, [images(batch + 1)])
     torch.testing.assert_close(captured.module(images(batch)), model(images(batch)))
 
 
