@@ -124,18 +124,6 @@ _WORDS = {"vocab_size": 200}
 _ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def _bert(kind: str) -> nn.Module:
-    import transformers as hf
-
-    if kind == "distilbert":
-        config = hf.DistilBertConfig(dim=64, n_layers=2, n_heads=4, hidden_dim=128, vocab_size=200)
-        return hf.DistilBertForSequenceClassification(config)
-    made = {"bert": "Bert", "roberta": "Roberta", "electra": "Electra", "camembert": "Camembert"}[kind]
-    config = getattr(hf, f"{made}Config")(**_SMALL, **_WORDS)
-    module: nn.Module = getattr(hf, f"{made}ForSequenceClassification")(config)
-    return module
-
-
 def _hf(config: str, model: str, **options: Any) -> nn.Module:
     import transformers as hf
 
@@ -197,9 +185,12 @@ FAMILIES: dict[str, Family] = {
     "retinanet": _vision(partial(Heads, "retinanet_resnet50_fpn"), 64),
     "fcos": _vision(partial(Heads, "fcos_resnet50_fpn"), 64),
     **{
-        f"hf/{kind}": Family(make=partial(_bert, kind), inputs=tokens(16, 200), kind="transformer")
-        for kind in ("bert", "roberta", "distilbert", "electra")
+        f"hf/{name.lower()}": _transformer(name, "ForSequenceClassification", tokens(16, 200), **_SMALL, **_WORDS)
+        for name in ("Bert", "Roberta", "Electra")
     },
+    "hf/distilbert": _transformer(
+        "DistilBert", "ForSequenceClassification", tokens(16, 200), dim=64, n_layers=2, n_heads=4, hidden_dim=128, **_WORDS
+    ),
     "hf/vit": _transformer("ViT", "ForImageClassification", images(32), **_SMALL, image_size=32, patch_size=8),
     "hf/gpt2": _transformer(
         "GPT2", "LMHeadModel", tokens(16, 200, mask=False), n_embd=64, n_layer=2, n_head=4, **_WORDS, n_positions=64, use_cache=False
@@ -281,10 +272,8 @@ FAMILIES: dict[str, Family] = {
         relative_attention=True,
         pos_att_type=["p2c", "c2p"],
     ),
-    "hf/t5_encoder": Family(
-        make=partial(_hf, "T5Config", "T5EncoderModel", d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, **_WORDS),
-        inputs=tokens(16, 200),
-        kind="transformer",
+    "hf/t5_encoder": _transformer(
+        "T5", "EncoderModel", tokens(16, 200), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, **_WORDS
     ),
     "hf/gemma2": _transformer(
         "Gemma2", "ForCausalLM", tokens(16, 200), **_SMALL, **_WORDS, num_key_value_heads=2, head_dim=16, use_cache=False
