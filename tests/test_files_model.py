@@ -84,6 +84,7 @@ def test_pt2_by_content(tmp_path: Path) -> None:
     program = load_model(path)
     assert isinstance(program, torch.export.ExportedProgram)
     test = np.load(SAMPLES / "digits_test.npz")
+    refused(OptionError, "only of an ONNX file a part can be taken", "logits", path=f"{path}:logits")
     logits = program.module()(torch.from_numpy(test["images"]))
     assert (logits.argmax(1).numpy() == test["labels"]).mean() >= 0.975
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from qdeploy.errors import InputError, NotInstalledError, OptionError
-from qdeploy.files.format import COPY_AGAIN, EXPORT, MODEL_FILES, model_kind, one_line
+from qdeploy.files.format import COPY_AGAIN, EXPORT, MODEL_FILES, describe_kind, model_kind, one_line
 from qdeploy.files.pt2 import load_program
 from qdeploy.files.reference import add_to_path, call, is_reference, load_callable, where
 
@@ -45,12 +45,15 @@ def load_model(path: Path | str, *, arch: str | None = None, allow_pickle: bool 
     `arch` is the MODULE:CALLABLE that returns the module to which a state dict belongs. Raises `InputError` for files that
     cannot be used, `OptionError` where `arch` is missing, wrong or of no use, `NotInstalledError` without safetensors.
     """
-    path, ends = _part(str(path))
-    if is_reference(str(path)):
-        _refuse_arch(arch, f"'{path}' returns a whole model")
-        return _from_callable(str(path))
-    path = Path(path)
+    text, ends = _part(str(path))
+    if is_reference(text):
+        _refuse_arch(arch, f"'{text}' returns a whole model")
+        return _from_callable(text)
+    path = Path(text)
     kind = model_kind(path)
+    if ends and kind != "onnx":
+        what = f"only of an ONNX file a part can be taken, and '{path}' is {describe_kind(kind)}"
+        raise OptionError(what, found=f"the tensors {', '.join(ends)}", action="leave them out")
     if kind == "pt2":
         _refuse_arch(arch, f"'{path}' holds a whole model")
         return load_program(path, trusted=allow_pickle)
@@ -70,16 +73,16 @@ def load_model(path: Path | str, *, arch: str | None = None, allow_pickle: bool 
     return _from_state(path, content, arch)
 
 
-def _part(text: str) -> tuple[Path | str, tuple[str, ...]]:
+def _part(text: str) -> tuple[str, tuple[str, ...]]:
     """The path in MODEL.onnx:TENSOR,TENSOR and the tensors; `text` itself where it names no tensors.
 
-    >>> _part("yolo.onnx:boxes,scores:0")[1], _part("zoo.py:make")
-    (('boxes', 'scores:0'), ('zoo.py:make', ()))
+    >>> _part("yolo.onnx:boxes,scores:0"), _part("zoo.py:make")
+    (('yolo.onnx', ('boxes', 'scores:0')), ('zoo.py:make', ()))
     """
     name, mark, tensors = text.partition(".onnx:")
     if not mark or Path(text).exists():
         return text, ()
-    return Path(f"{name}.onnx"), tuple(tensor.strip() for tensor in tensors.split(","))
+    return f"{name}.onnx", tuple(tensor.strip() for tensor in tensors.split(","))
 
 
 def _refuse_arch(arch: str | None, reason: str) -> None:
