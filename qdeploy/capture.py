@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 from qdeploy import decompose, dimensions, graph, outputs, simplify
 from qdeploy.dimensions import Dynamic
 from qdeploy.errors import CaptureError, InputError
-from qdeploy.signature import Batch, Call, ordered
-from qdeploy.spec import TensorSpec, show_shape
+from qdeploy.signature import Batch, Call, check_batch, ordered
+from qdeploy.spec import TensorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +135,7 @@ def _from_program(
     example = own
     if given is not None:
         example = _tensors(ordered(given, names, "the example"))
-        _check_example(example, [_input_spec(node, found) for node, found in zip(nodes, opened.values(), strict=True)])
+        check_batch(example, [_input_spec(node, found) for node, found in zip(nodes, opened.values(), strict=True)], "the example")
         if any(t.shape[d] == 1 for name, t in zip(names, example, strict=True) for d in opened[name]):
             example = own  # what is exported again takes a size of 1 for a constant
     if _is_dynamic(model) and all(_is_plain(size) for node in nodes for size in node.meta["val"].shape):
@@ -275,20 +275,6 @@ def _by_place(module: fx.GraphModule) -> None:
     module._forward_pre_hooks.clear()  # torch's check of sizes, which takes some that are open for those of the example
     module._forward_pre_hooks_with_kwargs.clear()
     module.recompile()
-
-
-def _check_example(example: Sequence[Tensor], inputs: Sequence[TensorSpec]) -> None:
-    if len(example) != len(inputs):
-        raise InputError("the example has the wrong number of inputs", found=len(example), allowed=len(inputs))
-    for tensor, spec in zip(example, inputs, strict=True):
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype != spec.dtype:
-            raise InputError(f"input '{spec.name}' has the wrong dtype", found=dtype, allowed=spec.dtype)
-        fits = tensor.dim() == len(spec.shape) and all(
-            want is None or want == size for want, size in zip(spec.shape, tensor.shape, strict=True)
-        )
-        if not fits:
-            raise InputError(f"input '{spec.name}' has the wrong shape", found=list(tensor.shape), allowed=show_shape(spec.shape))
 
 
 def _input_spec(node: fx.Node, opened: Mapping[int, str]) -> TensorSpec:

@@ -15,14 +15,13 @@ from torch.utils import _pytree as pytree
 from qdeploy import graph
 from qdeploy.backend import Backend
 from qdeploy.capture import Captured
-from qdeploy.errors import InputError
 from qdeploy.insert import MakeObserver, Numbers, freeze, settle
 from qdeploy.observer import Observer
 from qdeploy.plan import Plan
 from qdeploy.quantizer import Mode, Quantizer
 from qdeploy.recipe import Recipe
-from qdeploy.signature import ordered
-from qdeploy.spec import Encoding, TensorSpec, show_shape
+from qdeploy.signature import check_batch, ordered
+from qdeploy.spec import Encoding
 
 BATCH = 64
 """Samples at once, where the batch may vary."""
@@ -170,34 +169,3 @@ class _Watched(fx.Interpreter):
             self.found = f"'{graph.tensor_name(n)}' ({graph.op_of(n).name})"
             raise FloatingPointError
         return made
-
-
-def check_batch(batch: Sequence[Tensor], specs: Sequence[TensorSpec]) -> None:
-    """`InputError` unless `batch` has one fitting tensor for each of `specs`."""
-    if len(batch) != len(specs):
-        raise InputError("a batch has the wrong number of inputs", found=len(batch), allowed=len(specs))
-    sizes: dict[str, tuple[int, str]] = {}
-    for tensor, spec in zip(batch, specs, strict=True):
-        check_tensor(tensor, spec)
-        for dimension, name in spec.names.items():
-            size, first = sizes.setdefault(name, (tensor.shape[dimension], spec.name))
-            if size != tensor.shape[dimension]:
-                found = f"{size} in '{first}', {tensor.shape[dimension]} in '{spec.name}'"
-                raise InputError(f"the inputs have different sizes for '{name}'", found=found, action="give all inputs one size")
-
-
-def check_tensor(tensor: Tensor, spec: TensorSpec) -> None:
-    """`InputError` unless `tensor` has the shape and dtype of `spec`."""
-    if not isinstance(tensor, Tensor):
-        raise InputError(f"input '{spec.name}' is no tensor", found=type(tensor).__name__, action="give torch tensors")
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype != spec.dtype:
-        raise InputError(f"input '{spec.name}' has the wrong dtype", found=dtype, allowed=spec.dtype)
-    same = tensor.dim() == len(spec.shape)
-    fits = [want in (None, size) for want, size in zip(spec.shape, tensor.shape, strict=False)]
-    if not same or not all(fits) or 0 in tensor.shape:
-        fixed = same and fits and not fits[0] and all(fits[1:])
-        action = f"give batches of {spec.shape[0]}, which alone the captured model computes" if fixed else None
-        raise InputError(
-            f"input '{spec.name}' has the wrong shape", found=list(tensor.shape), allowed=show_shape(spec.shape), action=action
-        )

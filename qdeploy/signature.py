@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qdeploy.errors import InputError
+from qdeploy.spec import TensorSpec, show_shape
 
 Batch = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """The inputs of some samples: one tensor, a tensor for each in their order, or tensors by name."""
@@ -37,6 +38,37 @@ def _wrong_names(what: str, unknown: Sequence[object], missing: Sequence[str], n
     found += [f"missing {', '.join(map(repr, missing))}"] if missing else []
     action = f"did you mean '{near[0]}'?" if near else "leave out what is unknown" if unknown else "give what is missing"
     return InputError(f"{what} has wrong input names", found=" and ".join(found), allowed=", ".join(names) or "none", action=action)
+
+
+def check_batch(batch: Sequence[Tensor], specs: Sequence[TensorSpec], what: str = "a batch") -> None:
+    """`InputError` unless `batch` has one fitting tensor for each of `specs`."""
+    if len(batch) != len(specs):
+        raise InputError(f"{what} has the wrong number of inputs", found=len(batch), allowed=len(specs))
+    sizes: dict[str, tuple[int, str]] = {}
+    for tensor, spec in zip(batch, specs, strict=True):
+        _check_tensor(tensor, spec)
+        for dimension, name in spec.names.items():
+            size, first = sizes.setdefault(name, (tensor.shape[dimension], spec.name))
+            if size != tensor.shape[dimension]:
+                found = f"{size} in '{first}', {tensor.shape[dimension]} in '{spec.name}'"
+                raise InputError(f"the inputs have different sizes for '{name}'", found=found, action="give all inputs one size")
+
+
+def _check_tensor(tensor: Tensor, spec: TensorSpec) -> None:
+    """`InputError` unless `tensor` has the shape and dtype of `spec`."""
+    if not isinstance(tensor, Tensor):
+        raise InputError(f"input '{spec.name}' is no tensor", found=type(tensor).__name__, action="give torch tensors")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype != spec.dtype:
+        raise InputError(f"input '{spec.name}' has the wrong dtype", found=dtype, allowed=spec.dtype)
+    same = tensor.dim() == len(spec.shape)
+    fits = [want in (None, size) for want, size in zip(spec.shape, tensor.shape, strict=False)]
+    if not same or not all(fits) or 0 in tensor.shape:
+        fixed = same and fits and not fits[0] and all(fits[1:])
+        action = f"give batches of {spec.shape[0]}, which alone the captured model computes" if fixed else None
+        raise InputError(
+            f"input '{spec.name}' has the wrong shape", found=list(tensor.shape), allowed=show_shape(spec.shape), action=action
+        )
 
 
 def parameters(model: nn.Module) -> tuple[str, ...]:

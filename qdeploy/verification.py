@@ -29,9 +29,9 @@ from qdeploy.artifact import Artifact, missing_names
 from qdeploy.errors import ArtifactError, InputError
 from qdeploy.flow import run
 from qdeploy.onnxfile import tensor_names, with_sizes
-from qdeploy.prepared import Prepared, check_batch
+from qdeploy.prepared import Prepared
 from qdeploy.runtimes import Runtime, Session, find_runtime, runtimes
-from qdeploy.signature import Batch, ordered
+from qdeploy.signature import Batch, check_batch, ordered
 from qdeploy.spec import TensorSpec
 
 Array = NDArray[Any]
