@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_END = 2**63 - 1
+END = 2**63 - 1
 """What a slice to the end of a dimension has for its end."""
 
 
@@ -25,7 +25,7 @@ def fill(into: Tensor, number: Tensor | float) -> Tensor:
 def slice_scatter(x: Tensor, part: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
     """What an assignment to a slice leaves: what stands before it, the new part, and what stands behind it."""
     size = x.shape[dim]
-    if step == 1 and not start and (end is None or (isinstance(end, int) and end >= _END)):
+    if step == 1 and not start and (end is None or (isinstance(end, int) and end >= END)):
         return copy(x, part)
     if step != 1 or not all(number is None or isinstance(number, int) for number in (size, start, end)):
         return NotImplemented

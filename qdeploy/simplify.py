@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from qdeploy import graph
+from qdeploy.moves import END
 from qdeploy.observer import MASK
 from qdeploy.ops import MOVE
 
@@ -31,8 +32,6 @@ _HANDS_ON_MASKS = (
 _FILLED = frozenset({"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"})
 """They take no value of their first argument, its shape or its dtype only."""
 _BROADCASTS = frozenset({"add", "sub", "rsub", "mul", "div", "pow", "maximum", "minimum", "where"})
-_END = 2**63 - 1
-"""What a slice to the end of a dimension has for its end."""
 
 
 def drop_nothing_ops(module: fx.GraphModule) -> int:
@@ -280,7 +279,7 @@ def _is_nothing(node: fx.Node) -> bool:
     name = graph.op_of(node).name
     if name == "slice":
         _, _, start, end, step = (*node.args, *(None,) * 5)[:5]
-        return step in (None, 1) and ((start in (None, 0) and end in (None, _END)) or _same_shape(node, node.all_input_nodes[0]))
+        return step in (None, 1) and ((start in (None, 0) and end in (None, END)) or _same_shape(node, node.all_input_nodes[0]))
     if name == "concat" and str(node.target) == "aten.cat.default":
         return len(node.all_input_nodes) == 1 and isinstance(node.args[0], list | tuple) and len(node.args[0]) == 1
     if name == "transpose":
