@@ -1,4 +1,7 @@
-"""Target hardware, one file each: its scheme as data, and the writer of its scale file."""
+"""Target hardware, one file each: its scheme as data, and the writer of its scale file.
+
+Imports: core, formats.
+"""
 
 if __name__ != "qdeploy.backends":
     raise ImportError("import this folder as qdeploy.backends")

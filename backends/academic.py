@@ -7,9 +7,9 @@ Widths are chosen with --weight-bits and --activation-bits, whole schemes with -
 Sources: MQBench, "Academic" backend (placement, first and last layer); Li et al. 2021, BRECQ, section 4 (the same setting).
 """
 
-from qdeploy.backend import QDQ, Backend, OpRule, register
-from qdeploy.ops import CONVOLUTION, MAX_POOL, MOVE
-from qdeploy.spec import QuantSpec
+from qdeploy.core.backend import QDQ, Backend, OpRule, register
+from qdeploy.core.ops import CONVOLUTION, MAX_POOL, MOVE
+from qdeploy.core.spec import QuantSpec
 
 ACADEMIC = register(
     Backend(

@@ -7,9 +7,9 @@ it does so once for every tensor.
 Sources: OpenCL extension cl_khr_fp16 (CL_DEVICE_HALF_FP_CONFIG has CL_FP_DENORM as an option); IEEE 754-2019, binary16.
 """
 
-from qdeploy.backend import Backend, Format, Fusion, OpRule, register
-from qdeploy.ops import COMPUTE, EVERY, MAX_POOL, MOVE
-from qdeploy.spec import QuantSpec
+from qdeploy.core.backend import Backend, Format, Fusion, OpRule, register
+from qdeploy.core.ops import COMPUTE, EVERY, MAX_POOL, MOVE
+from qdeploy.core.spec import QuantSpec
 
 _HALF = QuantSpec(signed=True, symmetric=True, bits=16, grid="float16_normal")
 

@@ -6,9 +6,9 @@ it is called: the arithmetic here is IEEE's.
 Source: IEEE 754-2019, binary16.
 """
 
-from qdeploy.backend import Backend, Format, Fusion, OpRule, register
-from qdeploy.ops import COMPUTE, EVERY, MAX_POOL, MOVE
-from qdeploy.spec import QuantSpec
+from qdeploy.core.backend import Backend, Format, Fusion, OpRule, register
+from qdeploy.core.ops import COMPUTE, EVERY, MAX_POOL, MOVE
+from qdeploy.core.spec import QuantSpec
 
 _HALF = QuantSpec(signed=True, symmetric=True, bits=16, grid="float16")
 

@@ -22,8 +22,8 @@ Principles" and "MIN-MAX" (sign and range); PPQ, quantizer and exporter for Asce
 
 from collections.abc import Iterator, Mapping
 
-from qdeploy.backend import Backend, Emitted, Format, Geometry, Node, OpRule, register
-from qdeploy.spec import Encoding, QuantSpec
+from qdeploy.core.backend import Backend, Emitted, Format, Geometry, Node, OpRule, register
+from qdeploy.core.spec import Encoding, QuantSpec
 
 RECORD = "record.txt"
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")

@@ -7,9 +7,9 @@ Uncertain: no public document says how the processor rounds inside a layer, or t
 Sources: Huawei CANN, ATC documentation (--framework, --soc_version, --precision_mode); IEEE 754-2019, binary16.
 """
 
-from qdeploy.backend import Backend, Format, Fusion, OpRule, register
-from qdeploy.ops import COMPUTE, EVERY, MAX_POOL, MOVE
-from qdeploy.spec import QuantSpec
+from qdeploy.core.backend import Backend, Format, Fusion, OpRule, register
+from qdeploy.core.ops import COMPUTE, EVERY, MAX_POOL, MOVE
+from qdeploy.core.spec import QuantSpec
 
 _HALF = QuantSpec(signed=True, symmetric=True, bits=16, grid="float16")
 

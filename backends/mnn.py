@@ -24,9 +24,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 
-from qdeploy.backend import Backend, Emitted, Format, Fusion, OpRule, register
-from qdeploy.ops import MAX_POOL, MOVE
-from qdeploy.spec import Encoding, QuantSpec
+from qdeploy.core.backend import Backend, Emitted, Format, Fusion, OpRule, register
+from qdeploy.core.ops import MAX_POOL, MOVE
+from qdeploy.core.spec import Encoding, QuantSpec
 
 PARAMETERS = "compression.json"
 _RELU = ("Relu", "Clip")

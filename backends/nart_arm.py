@@ -8,10 +8,10 @@ Sources: MQBench, mqbench/custom_quantizer/total_int_quantizer.py (placement); N
 (uint8 codes, int32 biases) and python/nart/modules/quant.py.
 """
 
-from qdeploy.backend import Backend, Format, Fusion, OpRule, register
-from qdeploy.formats.own import ENCODINGS, write_encodings
-from qdeploy.ops import COMPUTE, EVERY, MAX_POOL, MOVE
-from qdeploy.spec import QuantSpec
+from qdeploy.core.backend import Backend, Format, Fusion, OpRule, register
+from qdeploy.core.ops import COMPUTE, EVERY, MAX_POOL, MOVE
+from qdeploy.core.spec import QuantSpec
+from qdeploy.formats.encodings_json import ENCODINGS, write_encodings
 
 _UINT8 = QuantSpec(signed=False, symmetric=False)
 

@@ -11,10 +11,10 @@ python/nart/modules/cuda_quant.py (codes of the full range, one scale a weight).
 
 from dataclasses import replace
 
-from qdeploy.backend import Backend, Format, Fusion, OpRule, register
-from qdeploy.formats.own import ENCODINGS, write_encodings
-from qdeploy.ops import COMPUTE, EVERY, MAX_POOL, MOVE
-from qdeploy.spec import QuantSpec
+from qdeploy.core.backend import Backend, Format, Fusion, OpRule, register
+from qdeploy.core.ops import COMPUTE, EVERY, MAX_POOL, MOVE
+from qdeploy.core.spec import QuantSpec
+from qdeploy.formats.encodings_json import ENCODINGS, write_encodings
 
 _WEIGHT = QuantSpec(signed=True, symmetric=True, axis=0)
 

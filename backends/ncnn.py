@@ -18,8 +18,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from qdeploy.backend import Backend, Emitted, Format, Geometry, Node, OpRule, register
-from qdeploy.spec import Encoding, QuantSpec
+from qdeploy.core.backend import Backend, Emitted, Format, Geometry, Node, OpRule, register
+from qdeploy.core.spec import Encoding, QuantSpec
 
 TABLE = "model.table"
 

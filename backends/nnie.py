@@ -18,9 +18,9 @@ import json
 import math
 from collections.abc import Mapping
 
-from qdeploy.backend import Backend, Emitted, Format, Geometry, Node, OpRule, register
-from qdeploy.ops import CONVOLUTION, MOVE, POOL, WEIGHTED
-from qdeploy.spec import LOG_STEPS, Encoding, QuantSpec
+from qdeploy.core.backend import Backend, Emitted, Format, Geometry, Node, OpRule, register
+from qdeploy.core.ops import CONVOLUTION, MOVE, POOL, WEIGHTED
+from qdeploy.core.spec import LOG_STEPS, Encoding, QuantSpec
 
 PARAMETERS = "gfpq_param_dict.json"
 _LEFT_OUT = ("Flatten", "Relu", "PRelu", "Sigmoid", "Reshape", "Softmax", "CaffeSoftmax", "Clip", "GlobalAveragePool", "Mul")

@@ -7,9 +7,9 @@ that no simulation can follow, and what enters the other has outliers that eight
 Source: ONNX Runtime documentation, "Quantize ONNX models"; formats of QDQ in the ONNX operator specification.
 """
 
-from qdeploy.backend import Backend, Format, Fusion, OpRule, register
-from qdeploy.ops import ACTIVATION, ARITHMETIC, COMPUTE, MAX_POOL, MEAN_POOL, MOVE
-from qdeploy.spec import QuantSpec
+from qdeploy.core.backend import Backend, Format, Fusion, OpRule, register
+from qdeploy.core.ops import ACTIVATION, ARITHMETIC, COMPUTE, MAX_POOL, MEAN_POOL, MOVE
+from qdeploy.core.spec import QuantSpec
 
 _SOFTMAX = frozenset({"softmax"})
 

@@ -5,9 +5,9 @@ inputs of a concat share one. A residual add behind a linear layer is computed i
 Sources: OpenVINO documentation, "Low precision transformations"; NNCF, hardware setup of the CPU.
 """
 
-from qdeploy.backend import Backend, Format, Fusion, OpRule, register
-from qdeploy.ops import COMPUTE, MAX_POOL, MEAN_POOL, MOVE
-from qdeploy.spec import QuantSpec
+from qdeploy.core.backend import Backend, Format, Fusion, OpRule, register
+from qdeploy.core.ops import COMPUTE, MAX_POOL, MEAN_POOL, MOVE
+from qdeploy.core.spec import QuantSpec
 
 OPENVINO = register(
     Backend(

@@ -19,9 +19,9 @@ Sources: PPQ, parser/ppl.py and the quantizer of PPL_CUDA_INT8; OpenPPL ppl.nn, 
 import json
 from collections.abc import Iterator, Mapping
 
-from qdeploy.backend import Backend, Emitted, Format, Fusion, OpRule, register
-from qdeploy.ops import MAX_POOL, MEAN_POOL, MOVE
-from qdeploy.spec import Encoding, QuantSpec
+from qdeploy.core.backend import Backend, Emitted, Format, Fusion, OpRule, register
+from qdeploy.core.ops import MAX_POOL, MEAN_POOL, MOVE
+from qdeploy.core.spec import Encoding, QuantSpec
 
 QUANT = "quant.json"
 _INT8_NODES = frozenset({"Add", "AveragePool", "Clip", "Concat", "Conv", "Flatten", "Gemm", "GlobalAveragePool", "GlobalMaxPool"})

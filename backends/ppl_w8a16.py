@@ -11,9 +11,9 @@ Source: MQBench, deploy_linear.py ("ppl") and the PPLW8A16 quantizer.
 import json
 from collections.abc import Mapping
 
-from qdeploy.backend import Backend, Emitted, Format, Fusion, OpRule, register
-from qdeploy.ops import COMPUTE, MAX_POOL, MEAN_POOL, MOVE
-from qdeploy.spec import Encoding, QuantSpec
+from qdeploy.core.backend import Backend, Emitted, Format, Fusion, OpRule, register
+from qdeploy.core.ops import COMPUTE, MAX_POOL, MEAN_POOL, MOVE
+from qdeploy.core.spec import Encoding, QuantSpec
 
 RANGES = "clip_ranges.json"
 

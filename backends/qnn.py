@@ -12,10 +12,10 @@ Sources: AIMET, "Encoding Format Specification" (all three schemas) and default_
 Quantization Specification" and the help of qairt-quantizer (--use_per_channel_quantization, --use_per_row_quantization).
 """
 
-from qdeploy.backend import Backend, Format, Fusion, OpRule, register
+from qdeploy.core.backend import Backend, Format, Fusion, OpRule, register
+from qdeploy.core.ops import COMPUTE, EVERY, MAX_POOL, MOVE
+from qdeploy.core.spec import QuantSpec
 from qdeploy.formats.qualcomm import COMMAND, ENCODINGS, write_0_6_1, write_1_0_0, write_2_0_0
-from qdeploy.ops import COMPUTE, EVERY, MAX_POOL, MOVE
-from qdeploy.spec import QuantSpec
 
 _INT8 = QuantSpec(signed=True, symmetric=True)
 

@@ -13,9 +13,9 @@ Sources: PPQ, ppq/quantization/quantizer/RKNNQuantizer.py (placement, both schem
 `rknn.config` (quantized_dtype, quantized_method), CHANGELOG (QAT models of ONNX, opset 12 to 19) and list of ONNX operators.
 """
 
-from qdeploy.backend import Backend, Format, Fusion, OpRule, register
-from qdeploy.ops import COMPUTE, MAX_POOL, MEAN_POOL, MOVE
-from qdeploy.spec import QuantSpec
+from qdeploy.core.backend import Backend, Format, Fusion, OpRule, register
+from qdeploy.core.ops import COMPUTE, MAX_POOL, MEAN_POOL, MOVE
+from qdeploy.core.spec import QuantSpec
 
 _UINT8 = QuantSpec(signed=False, symmetric=False)
 _CONCAT = frozenset({"concat"})

@@ -16,9 +16,9 @@ Sources: SigmaStar, IPU toolchain documentation, "Model Conversion" (input_confi
 import json
 from collections.abc import Mapping
 
-from qdeploy.backend import Backend, Emitted, Format, Fusion, OpRule, register
-from qdeploy.ops import COMPUTE, EVERY, MOVE, POOL
-from qdeploy.spec import Encoding, QuantSpec
+from qdeploy.core.backend import Backend, Emitted, Format, Fusion, OpRule, register
+from qdeploy.core.ops import COMPUTE, EVERY, MOVE, POOL
+from qdeploy.core.spec import Encoding, QuantSpec
 
 RANGES = "quantization.json"
 

@@ -5,10 +5,10 @@ int32 at input scale x weight scale, as the converter makes them with a 32-bit b
 Sources: Qualcomm documentation, "QAIRT Quantization Specification"; AIMET, "Encoding Format Specification" 0.6.1 and 1.0.0.
 """
 
-from qdeploy.backend import Backend, Format, Fusion, OpRule, register
+from qdeploy.core.backend import Backend, Format, Fusion, OpRule, register
+from qdeploy.core.ops import COMPUTE, EVERY, MAX_POOL, MOVE
+from qdeploy.core.spec import QuantSpec
 from qdeploy.formats.qualcomm import COMMAND, ENCODINGS, write_0_6_1, write_1_0_0
-from qdeploy.ops import COMPUTE, EVERY, MAX_POOL, MOVE
-from qdeploy.spec import QuantSpec
 
 SNPE = register(
     Backend(

@@ -21,9 +21,9 @@ import json
 import math
 from collections.abc import Mapping
 
-from qdeploy.backend import Backend, Emitted, Format, Fusion, Node, OpRule, register
-from qdeploy.ops import COMPUTE, MAX_POOL, MEAN_POOL, MOVE
-from qdeploy.spec import Encoding, QuantSpec
+from qdeploy.core.backend import Backend, Emitted, Format, Fusion, Node, OpRule, register
+from qdeploy.core.ops import COMPUTE, MAX_POOL, MEAN_POOL, MOVE
+from qdeploy.core.spec import Encoding, QuantSpec
 
 RANGES = "stpu_minmax.json"
 _RELU = ("Relu", "Clip")

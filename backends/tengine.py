@@ -12,9 +12,9 @@ Sources: MQBench, "Tengine" deployment page and deploy_tengine (the file); PPQ, 
 
 from collections.abc import Mapping
 
-from qdeploy.backend import Backend, Emitted, Format, Fusion, OpRule, register
-from qdeploy.ops import COMPUTE, MAX_POOL, MEAN_POOL, MOVE
-from qdeploy.spec import QuantSpec
+from qdeploy.core.backend import Backend, Emitted, Format, Fusion, OpRule, register
+from qdeploy.core.ops import COMPUTE, MAX_POOL, MEAN_POOL, MOVE
+from qdeploy.core.spec import QuantSpec
 
 SCALES = "model.scale"
 _RELU = ("Relu", "Clip")

@@ -21,9 +21,9 @@ import json
 import struct
 from collections.abc import Mapping
 
-from qdeploy.backend import Backend, Emitted, Format, Fusion, OpRule, register
-from qdeploy.ops import COMPUTE, MAX_POOL, MEAN_POOL, MOVE
-from qdeploy.spec import QuantSpec
+from qdeploy.core.backend import Backend, Emitted, Format, Fusion, OpRule, register
+from qdeploy.core.ops import COMPUTE, MAX_POOL, MEAN_POOL, MOVE
+from qdeploy.core.spec import QuantSpec
 
 RANGES = "dynamic_range.json"
 CACHE = "calibration.cache"

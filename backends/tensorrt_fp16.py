@@ -6,9 +6,9 @@ calibration refuses it. Tensor cores accumulate in float32 or in float16, as the
 Sources: TensorRT developer guide, "Strongly-typed networks"; NVIDIA Model-Optimizer, AutoCast (half precision keeps subnormals).
 """
 
-from qdeploy.backend import Backend, Format, Fusion, OpRule, register
-from qdeploy.ops import COMPUTE, EVERY, MAX_POOL, MOVE
-from qdeploy.spec import QuantSpec
+from qdeploy.core.backend import Backend, Format, Fusion, OpRule, register
+from qdeploy.core.ops import COMPUTE, EVERY, MAX_POOL, MOVE
+from qdeploy.core.spec import QuantSpec
 
 _HALF = QuantSpec(signed=True, symmetric=True, bits=16, grid="float16")
 

@@ -5,9 +5,9 @@ Every op that has an integer form reads and makes quantized tensors; data moveme
 Source: Apache TVM documentation, Relax ONNX front end; ONNX operator specification.
 """
 
-from qdeploy.backend import Backend, Format, Fusion, OpRule, register
-from qdeploy.ops import ARITHMETIC, COMPUTE, MAX_POOL, MEAN_POOL, MOVE
-from qdeploy.spec import QuantSpec
+from qdeploy.core.backend import Backend, Format, Fusion, OpRule, register
+from qdeploy.core.ops import ARITHMETIC, COMPUTE, MAX_POOL, MEAN_POOL, MOVE
+from qdeploy.core.spec import QuantSpec
 
 TVM = register(
     Backend(

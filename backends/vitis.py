@@ -18,9 +18,9 @@ User Guide UG1414 (power-of-two quantizer); ONNX Runtime documentation, Vitis AI
 import json
 from collections.abc import Mapping
 
-from qdeploy.backend import Backend, Emitted, Format, Fusion, OpRule, register
-from qdeploy.ops import COMPUTE, MAX_POOL, MEAN_POOL, MOVE
-from qdeploy.spec import QuantSpec
+from qdeploy.core.backend import Backend, Emitted, Format, Fusion, OpRule, register
+from qdeploy.core.ops import COMPUTE, MAX_POOL, MEAN_POOL, MOVE
+from qdeploy.core.spec import QuantSpec
 
 RANGES = "model_clip_ranges.json"
 

@@ -14,10 +14,10 @@ Sources: Ristretto, "Layer Catalogue" and "Approximation Schemes" (lepsucd.com);
 "Quantization User Guide" (one fraction length for all inputs of an add; biases).
 """
 
-from qdeploy.backend import Backend, Format, Fusion, OpRule, register
+from qdeploy.core.backend import Backend, Format, Fusion, OpRule, register
+from qdeploy.core.ops import COMPUTE, EVERY, MAX_POOL, MOVE
+from qdeploy.core.spec import QuantSpec
 from qdeploy.formats.ristretto import PROTOTXT, write_fraction_lengths
-from qdeploy.ops import COMPUTE, EVERY, MAX_POOL, MOVE
-from qdeploy.spec import QuantSpec
 
 _FIXED_POINT = QuantSpec(signed=True, symmetric=True, grid="power_of_two")
 

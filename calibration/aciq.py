@@ -16,7 +16,7 @@ other sign. The zeros of a ReLU are no part of the density: bin 0 gets the count
 
 Worked: for N(0, 1) and 4 bits the best threshold is 2.559 (exactly 2.47, as 15 levels are not quite 16):
 
->>> from qdeploy.histogram import as_batch
+>>> from qdeploy.numerics.histogram import as_batch
 >>> seen = Analytic(QuantSpec(bits=4, signed=True, symmetric=True))
 >>> seen.update(*as_batch([torch.special.ndtri((torch.arange(10000) + 0.5) / 10000).tolist()]))
 >>> round(seen.range()[1].item(), 2)
@@ -33,10 +33,10 @@ from scipy.optimize import brentq
 from scipy.special import lambertw
 from torch import Tensor
 
-from qdeploy.errors import OptionError
-from qdeploy.histogram import HistogramObserver
-from qdeploy.observer import observer
-from qdeploy.spec import QuantSpec
+from qdeploy.core.errors import OptionError
+from qdeploy.core.spec import QuantSpec
+from qdeploy.numerics.histogram import HistogramObserver
+from qdeploy.numerics.observer import observer
 
 
 @observer("aciq")

@@ -1,15 +1,15 @@
 """AdaRound: learn for every weight whether it is rounded up or down, layer by layer (Nagel et al. 2020).
 
 Each layer, with the activation function behind it, gets the inputs that the quantized layers before it make, and learns to give the
-outputs of the float layer; `qdeploy.rounding` has the formulas. Scales stay as they are.
+outputs of the float layer; `qdeploy.numerics.learned_rounding` has the formulas. Scales stay as they are.
 """
 
 from __future__ import annotations
 
-from qdeploy.algorithm import count, fraction, step
-from qdeploy.blockwise import Reconstruction
-from qdeploy.reconstruct import Settings
-from qdeploy.regions import layers
+from qdeploy.graph.regions import layers
+from qdeploy.recipes.blockwise import Reconstruction
+from qdeploy.recipes.reconstruct import Settings
+from qdeploy.recipes.step import count, fraction, step
 
 
 @step("adaround")

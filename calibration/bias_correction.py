@@ -34,12 +34,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qdeploy import arith, graph
-from qdeploy.algorithm import Declined, Step, Work, count, step
-from qdeploy.errors import unknown_name
-from qdeploy.insert import on_lattice
-from qdeploy.ops import MEAN_POOL
-from qdeploy.quantizer import Quantizer
+from qdeploy.core.errors import unknown_name
+from qdeploy.core.ops import MEAN_POOL
+from qdeploy.graph import query
+from qdeploy.numerics import arith
+from qdeploy.numerics.quantizer import Quantizer
+from qdeploy.recipes.step import Declined, Step, Work, count, step
+from qdeploy.simulation.insert import on_lattice
 
 STATISTICS = ("data", "batch_norm")
 LINEAR = MEAN_POOL | {"add", "sub"}
@@ -62,7 +63,7 @@ class BiasCorrection(Step):
     def run(self, work: Work) -> str:
         layers = [node for node in work.float_module.graph.nodes if _is_layer(node)]
         done = _by_data(work, layers, self.samples) if self.statistics == "data" else _by_batch_norms(work, layers)
-        work.settle()
+        work.make_consistent()
         return f"{done} biases corrected" + (f", {len(layers) - done} left as they are" if done < len(layers) else "")
 
 
@@ -100,21 +101,21 @@ def _is_layer(node: fx.Node) -> bool:
     """Whether `node` is a layer whose weight and bias are parameters."""
     if node.op != "call_function":
         return False
-    op = graph.op_of(node)
-    return all((found := graph.argument(node, place)) is not None and found.op == "get_attr" for place in (op.weight, op.bias))
+    op = query.op_of(node)
+    return all((found := query.argument(node, place)) is not None and found.op == "get_attr" for place in (op.weight, op.bias))
 
 
 def _by_data(work: Work, layers: list[fx.Node], samples: int) -> int:
     """Correct all layers in graph order by what both graphs make of samples; how many."""
     exact, quantized = work.flow(work.float_module, samples), work.flow(work.prepared.module, samples)
     for done, layer in enumerate(layers):
-        twin = quantized.node(graph.tensor_name(layer))
+        twin = quantized.node(query.tensor_name(layer))
         exact.through(layer)
         quantized.through(twin)
         shift = _channel_means(layer, quantized[twin]) - _channel_means(layer, exact[layer])
         change = correct(work, layer, -shift, rounded=True)
         quantized[twin].add_(change.view([-1 if d == _channel_axis(layer) else 1 for d in range(quantized[twin].dim())]))
-        work.tell(graph.tensor_name(layer), done + 1, len(layers))
+        work.progress(query.tensor_name(layer), done + 1, len(layers))
     return len(layers)
 
 
@@ -134,19 +135,19 @@ def _by_batch_norms(work: Work, layers: list[fx.Node]) -> int:
 
 def mean_shift(work: Work, layer: fx.Node, entering: Tensor) -> Tensor:
     """How far a quantized weight moves the mean output of `layer`, float64 `[C]`, for the mean `entering` `[1, ...]` of its input."""
-    op = graph.op_of(layer)
-    weight, bias = graph.argument(layer, op.weight), graph.argument(layer, op.bias)
+    op = query.op_of(layer)
+    weight, bias = query.argument(layer, op.weight), query.argument(layer, op.bias)
     assert weight is not None and bias is not None and callable(layer.target)
-    path = graph.tensor_name(weight)
-    simulated = graph.parameter(work.prepared.module, path).detach()
+    path = query.tensor_name(weight)
+    simulated = query.parameter(work.prepared.module, path).detach()
     quantizer = work.prepared.quantizers.get(path)
     if quantizer is not None:
         simulated = arith.fake_quantize(simulated, quantizer.scale, quantizer.zero_point, quantizer.spec)
-    exact = graph.parameter(work.float_module, path).detach()
+    exact = query.parameter(work.float_module, path).detach()
     put = {
         layer.all_input_nodes[0]: entering.double(),
         weight: simulated.double() - exact.double(),
-        bias: torch.zeros_like(graph.parameter(work.float_module, graph.tensor_name(bias)), dtype=torch.float64),
+        bias: torch.zeros_like(query.parameter(work.float_module, query.tensor_name(bias)), dtype=torch.float64),
     }
     args, kwargs = fx.map_arg((layer.args, layer.kwargs), put.__getitem__)
     with torch.no_grad():
@@ -156,13 +157,13 @@ def mean_shift(work: Work, layer: fx.Node, entering: Tensor) -> Tensor:
 def correct(work: Work, layer: fx.Node, change: Tensor, rounded: bool) -> Tensor:
     """Add `change` `[C]` to the bias of `layer`, as it is `rounded` or in float; by how much the rounded one has moved, float32 `[C]`.
 
-    `work.settle()` then makes the other numbers fit.
+    `work.make_consistent()` then makes the other numbers fit.
     """
     prepared = work.prepared
-    bias = graph.argument(layer, graph.op_of(layer).bias)
+    bias = query.argument(layer, query.op_of(layer).bias)
     assert bias is not None
-    path = graph.tensor_name(bias)
-    parameter = graph.parameter(prepared.module, path)
+    path = query.tensor_name(bias)
+    parameter = query.parameter(prepared.module, path)
     quantizer = prepared.quantizers.get(path)
     with torch.no_grad():
         before = _rounded(work, path)
@@ -179,7 +180,7 @@ def correct(work: Work, layer: fx.Node, change: Tensor, rounded: bool) -> Tensor
 def _rounded(work: Work, path: str) -> Tensor:
     """What the simulation adds once its numbers are settled."""
     one = work.prepared
-    bias = graph.parameter(one.module, path).detach()
+    bias = query.parameter(one.module, path).detach()
     quantizer = one.quantizers.get(path)
     if quantizer is not None:
         return arith.fake_quantize(bias, quantizer.scale, quantizer.zero_point, quantizer.spec)
@@ -202,9 +203,9 @@ def _refit(quantizer: Quantizer, bias: Tensor) -> tuple[Tensor, Tensor]:
 
 def _channel_axis(layer: fx.Node) -> int:
     """That of the output."""
-    made = graph.value(layer)
+    made = query.value(layer)
     assert isinstance(made, Tensor)
-    return made.dim() - 1 if graph.op_of(layer).name == "linear" else 1
+    return made.dim() - 1 if query.op_of(layer).name == "linear" else 1
 
 
 def _channel_means(layer: fx.Node, made: Tensor) -> Tensor:
@@ -221,7 +222,7 @@ def propagate(module: fx.GraphModule) -> dict[fx.Node, Moments]:
     with torch.no_grad():
         for node in module.graph.nodes:
             reach.visit(node)
-    return {node: Moments(mean, reach.variances.get(node)) for node, mean in reach.means.items() if graph.is_float(node)}
+    return {node: Moments(mean, reach.variances.get(node)) for node, mean in reach.means.items() if query.is_float(node)}
 
 
 class _Propagation:
@@ -237,11 +238,11 @@ class _Propagation:
 
     def visit(self, node: fx.Node) -> None:
         """Find those of `node`, after all that it reads."""
-        if node.op == "placeholder" and graph.is_float(node):
+        if node.op == "placeholder" and query.is_float(node):
             self.means[node] = torch.zeros(_shape(node), dtype=torch.float64)
             self.variances[node] = torch.ones_like(self.means[node])
-        elif node.op == "get_attr" and graph.is_float(node):
-            self.means[node] = graph.parameter(self.module, str(node.target)).detach().double()
+        elif node.op == "get_attr" and query.is_float(node):
+            self.means[node] = query.parameter(self.module, str(node.target)).detach().double()
             self.variances[node] = torch.zeros_like(self.means[node])
         elif "statistics" in node.meta:
             view = [-1 if d == _channel_axis(node) else 1 for d in range(len(_shape(node)))]
@@ -251,7 +252,7 @@ class _Propagation:
             self._call(node)
 
     def _call(self, node: fx.Node) -> None:
-        op, made = graph.op_of(node), graph.value(node)
+        op, made = query.op_of(node), query.value(node)
         sources = node.all_input_nodes
         certain = all(source in self.variances for source in sources)
         if op.name in ("relu", "relu6") and certain:
@@ -277,6 +278,6 @@ def _run(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 
 def _shape(node: fx.Node) -> list[int]:
     """That of what `node` makes of one sample, or of a batch whose size is fixed."""
-    made = graph.value(node)
+    made = query.value(node)
     assert isinstance(made, Tensor)
     return [size if isinstance(size, int) else 1 for size in made.shape]

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from functools import partial, update_wrapper
 
-from qdeploy.algorithm import count, step
-from qdeploy.blockwise import Reconstruction
-from qdeploy.reconstruct import Settings
-from qdeploy.regions import blocks
+from qdeploy.graph.regions import blocks
+from qdeploy.recipes.blockwise import Reconstruction
+from qdeploy.recipes.reconstruct import Settings
+from qdeploy.recipes.step import count, step
 
 
 @step("brecq")

@@ -8,7 +8,7 @@ Mean and sum of squares M about it are float64 and merge without cancellation (C
 
 Worked: 99 times -1 and 1 and one 20 have mean 0.1005 and sigma 1.7306, so that 20 is clipped:
 
->>> from qdeploy.histogram import as_batch
+>>> from qdeploy.numerics.histogram import as_batch
 >>> seen = ClipDeviation(QuantSpec(signed=False, symmetric=False))
 >>> seen.update(*as_batch([[-1.0, 1.0] * 99 + [20.0]]))
 >>> [round(v.item(), 3) for v in seen.range()]
@@ -21,9 +21,9 @@ import torch
 from qdeploy.calibration.minmax import MinMax
 from torch import Tensor
 
-from qdeploy.errors import OptionError
-from qdeploy.observer import observer
-from qdeploy.spec import QuantSpec
+from qdeploy.core.errors import OptionError
+from qdeploy.core.spec import QuantSpec
+from qdeploy.numerics.observer import observer
 
 PART = 1 << 20
 """Elements that are turned into float64 at once."""

@@ -4,7 +4,7 @@
 
 It forgives a rare outlier batch, but depends on the order of the batches, and the range does not cover all that was seen.
 
->>> from qdeploy.histogram import as_batch
+>>> from qdeploy.numerics.histogram import as_batch
 >>> seen = MovingAverage(QuantSpec(signed=False, symmetric=False), momentum=0.75)
 >>> seen.update(*as_batch([[0.0, 2.0]]))
 >>> seen.update(*as_batch([[-1.0, 1.0]]))
@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qdeploy.errors import OptionError
-from qdeploy.observer import Observer, observer
-from qdeploy.spec import QuantSpec
+from qdeploy.core.errors import OptionError
+from qdeploy.core.spec import QuantSpec
+from qdeploy.numerics.observer import Observer, observer
 
 
 @observer("ema")

@@ -35,11 +35,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qdeploy import graph, ops
-from qdeploy.algorithm import Declined, Step, Work, count, fraction, step
-from qdeploy.channels import Channels, Weight, channel_axis, components, evaluate, padding, reads_sizes, shape
-from qdeploy.errors import OptionError
-from qdeploy.ops import MEAN_POOL, MOVE
+from qdeploy.core import ops
+from qdeploy.core.errors import OptionError
+from qdeploy.core.ops import MEAN_POOL, MOVE
+from qdeploy.graph import query
+from qdeploy.graph.channels import Channels, Weight, channel_axis, components, evaluate, padding, reads_sizes, shape
+from qdeploy.recipes.step import Declined, Step, Work, count, fraction, step
 
 LARGEST = 2.0**16
 """Bound of a factor and of its inverse: channels that differ by more are dead."""
@@ -176,13 +177,13 @@ def absorb(module: fx.GraphModule) -> int:
 
     The mean is that of the batch norm that was folded into a layer, else the layer's bias. Biases that several layers share stay.
     """
-    constants = [n for n in module.graph.find_nodes(op="get_attr") if isinstance(graph.value(n), Tensor)]
-    readers = Counter(id(graph.parameter(module, str(n.target))) for n in constants for _ in n.users)
+    constants = [n for n in module.graph.find_nodes(op="get_attr") if isinstance(query.value(n), Tensor)]
+    readers = Counter(id(query.parameter(module, str(n.target))) for n in constants for _ in n.users)
 
     def own_bias(layer: fx.Node) -> Tensor | None:
-        bias = graph.argument(layer, graph.op_of(layer).bias) if layer.op == "call_function" else None
-        found = graph.parameter(module, str(bias.target)).detach() if bias is not None and bias.op == "get_attr" else None
-        return found if bias is not None and readers[id(graph.parameter(module, str(bias.target)))] == 1 else None
+        bias = query.argument(layer, query.op_of(layer).bias) if layer.op == "call_function" else None
+        found = query.parameter(module, str(bias.target)).detach() if bias is not None and bias.op == "get_attr" else None
+        return found if bias is not None and readers[id(query.parameter(module, str(bias.target)))] == 1 else None
 
     moved = 0
     for layer in module.graph.nodes:
@@ -205,7 +206,7 @@ def _absorbed(
     module: fx.GraphModule, layer: fx.Node, mean: Tensor, own_bias: Callable[[fx.Node], Tensor | None]
 ) -> Sequence[tuple[Tensor, Tensor]]:
     """The biases behind `layer` with what each has to gain when its output loses `mean`; none where that is not exact."""
-    made = shape(graph.value(layer))
+    made = shape(query.value(layer))
     if made is None:
         return ()
     axis = channel_axis(layer)
@@ -233,11 +234,11 @@ def _absorbed(
 
 def _response(module: fx.GraphModule, layer: fx.Node, shifts: dict[fx.Node, Any]) -> Tensor | None:
     """What the layer makes of the shift of its input, float64 `[O]`; None where that is not the same at all positions."""
-    weight = graph.argument(layer, graph.op_of(layer).weight)
+    weight = query.argument(layer, query.op_of(layer).weight)
     if weight is None or weight.op != "get_attr" or [n for n in layer.all_input_nodes if n in shifts] != [layer.args[0]]:
         return None
     assert callable(layer.target)
-    matrix = graph.parameter(module, str(weight.target)).detach().double()
+    matrix = query.parameter(module, str(weight.target)).detach().double()
     others = {name: value for name, value in layer.kwargs.items() if name not in ("weight", "bias")}
     made = layer.target(shifts[layer.args[0]], matrix, None, *layer.args[3:], **others)  # type: ignore[index]
     made = made.movedim(channel_axis(layer), 0).flatten(1)
@@ -247,14 +248,14 @@ def _response(module: fx.GraphModule, layer: fx.Node, shifts: dict[fx.Node, Any]
 
 def _shifted(node: fx.Node, shifts: dict[fx.Node, Any]) -> Any:
     """What a linear op makes of the shifts of its inputs; None for any other op."""
-    op = graph.op_of(node)
+    op = query.op_of(node)
     both = all(isinstance(n, fx.Node) for n in node.args[:2])
     linear = op.name in MEAN_POOL | MOVE or (op.name in ("add", "sub") and both)
     if node.op != "call_function" or str(node.target) not in ops.OPS or not linear or (op.name == "pad" and padding(node)[1]):
         return None
     values = dict(shifts)
     for source in node.all_input_nodes:
-        made = shape(graph.value(source))
+        made = shape(query.value(source))
         if source not in values and made is not None:
             values[source] = torch.zeros((), dtype=torch.float64).expand(made)
     return evaluate(node, values)

@@ -39,11 +39,12 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from qdeploy import arith, graph
-from qdeploy.algorithm import Changed, Declined, Step, Work, count, fraction, generator, step
-from qdeploy.flow import Flow
-from qdeploy.quantizer import Quantizer
-from qdeploy.spec import QuantSpec
+from qdeploy.core.spec import QuantSpec
+from qdeploy.graph import query
+from qdeploy.graph.flow import Flow
+from qdeploy.numerics import arith
+from qdeploy.numerics.quantizer import Quantizer
+from qdeploy.recipes.step import Changed, Declined, Step, Work, count, fraction, generator, step
 
 BLOCK = 128
 """Columns between two updates of all that are behind."""
@@ -132,7 +133,7 @@ def patches(layer: fx.Node, x: Tensor, positions: int, random: torch.Generator) 
         drawn = torch.randperm(math.prod(sides), generator=random)[:positions]
         where: list[Any] = [slice(None), slice(None), *torch.unravel_index(drawn, sides)]
         windows = windows[tuple(where)]
-    weight = graph.argument(layer, 1)
+    weight = query.argument(layer, 1)
     assert weight is not None
     size = math.prod(weight.meta["val"].shape[1:])
     taken = windows.reshape(samples, channels, -1, math.prod(windows.shape[-kernel:]))
@@ -142,7 +143,7 @@ def patches(layer: fx.Node, x: Tensor, positions: int, random: torch.Generator) 
 
 def _windows(layer: fx.Node, x: Tensor) -> tuple[Tensor, int]:
     """A view `[N, C, *sides, *kernel]` of what `layer` multiplies its weight with, and the rank of the kernel."""
-    name, found = graph.op_of(layer).name, graph.geometry(layer)
+    name, found = query.op_of(layer).name, query.geometry(layer)
     if name == "linear":
         return x.reshape(len(x), 1, -1, x.shape[-1]), 1
     if found is None or "transpose" in name:
@@ -177,8 +178,8 @@ class GPTQ(Step):
         codes = moved = done = 0
         left = []
         for number, (path, (layer, quantizer)) in enumerate(todo.items(), 1):
-            work.tell(path, number, len(todo))
-            weight = graph.parameter(module, path)
+            work.progress(path, number, len(todo))
+            weight = query.parameter(module, path)
             compute = partial(self._round, flows, layer, weight.detach(), quantizer, generator(work.seed, number))
             try:
                 made = work.checkpoint(path, compute)["weight"]
@@ -196,7 +197,7 @@ class GPTQ(Step):
 
     def _round(self, flows: Sequence[Flow], layer: fx.Node, weight: Tensor, quantizer: Quantizer, random: torch.Generator) -> Changed:
         """The new `weight` of a layer, from its inputs in the simulation and in the float graph."""
-        inputs = [_input(flow, flow.node(graph.tensor_name(layer))) for flow in flows]
+        inputs = [_input(flow, flow.node(query.tensor_name(layer))) for flow in flows]
         rows = weight.flatten(1)
         positions = math.ceil(max(ROWS, ROWS_PER_INPUT * rows.shape[1]) / flows[0].samples)
         hessian = drift = torch.zeros((), dtype=torch.float64)
@@ -221,7 +222,7 @@ def _layers(module: fx.GraphModule) -> dict[str, tuple[fx.Node, Quantizer]]:
     """The weights with evenly spaced codes, by their paths in graph order: the first layer that each serves, and its quantizer."""
     found: dict[str, tuple[fx.Node, Quantizer]] = {}
     for layer in module.graph.nodes:
-        weight = graph.argument(layer, graph.op_of(layer).weight) if layer.op == "call_function" else None
+        weight = query.argument(layer, query.op_of(layer).weight) if layer.op == "call_function" else None
         if weight is None or weight.op != "call_module":
             continue
         quantizer, source = module.get_submodule(str(weight.target)), weight.args[0]

@@ -14,7 +14,7 @@ Z_g the count and the filled bins of group g, all i are evaluated from running s
 
 Worked: of 10000 values of N(0, 1) and one 30 the threshold keeps the normal part and drops most of the way to 30:
 
->>> from qdeploy.histogram import as_batch
+>>> from qdeploy.numerics.histogram import as_batch
 >>> seen = Entropy(QuantSpec(signed=True, symmetric=True))
 >>> seen.update(*as_batch([[*torch.special.ndtri((torch.arange(10000) + 0.5) / 10000).tolist(), 30.0]]))
 >>> 2 < seen.range()[1].item() < 6
@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qdeploy.errors import OptionError
-from qdeploy.histogram import BINS, HistogramObserver
-from qdeploy.observer import observer
-from qdeploy.spec import QuantSpec
+from qdeploy.core.errors import OptionError
+from qdeploy.core.spec import QuantSpec
+from qdeploy.numerics.histogram import BINS, HistogramObserver
+from qdeploy.numerics.observer import observer
 
 
 @observer("kl")

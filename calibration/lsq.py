@@ -8,7 +8,7 @@ extremes. Since it grows with sqrt(Q), that is what it comes to at 8 bits, 22 E|
 
 Worked: E|x| = 1 and 3 codes right of 0 make a step of 2 / sqrt(3), and 3 steps are less than the largest value:
 
->>> from qdeploy.histogram import as_batch
+>>> from qdeploy.numerics.histogram import as_batch
 >>> seen = FirstStep(QuantSpec(bits=3, signed=True, symmetric=True))
 >>> seen.update(*as_batch([[0.0, 0.5, -0.5, -1.0, 0.0, 0.0, 5.0, -1.0]]))
 >>> [round(v.item(), 4) for v in seen.range()]
@@ -21,9 +21,9 @@ import torch
 from qdeploy.calibration.minmax import MinMax
 from torch import Tensor
 
-from qdeploy.errors import OptionError
-from qdeploy.observer import observer
-from qdeploy.spec import QuantSpec
+from qdeploy.core.errors import OptionError
+from qdeploy.core.spec import QuantSpec
+from qdeploy.numerics.observer import observer
 
 
 @observer("lsq")

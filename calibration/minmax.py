@@ -2,7 +2,7 @@
 
 Nothing is clipped, so one outlier costs every other value resolution; right for weights and for bounded activations.
 
->>> from qdeploy.histogram import as_batch
+>>> from qdeploy.numerics.histogram import as_batch
 >>> seen = MinMax(QuantSpec(signed=False, symmetric=False))
 >>> seen.update(*as_batch([[0.0, 2.0]]))
 >>> seen.update(*as_batch([[-1.0, 1.0]]))
@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qdeploy.observer import Observer, observer
-from qdeploy.spec import QuantSpec
+from qdeploy.core.spec import QuantSpec
+from qdeploy.numerics.observer import Observer, observer
 
 
 @observer("minmax")

@@ -23,7 +23,7 @@ zero_point that is best for p = 2. The range is then that of the grid itself, wh
 
 Worked: for N(0, 1) and 4 signed bits the best threshold is 2.47, by numerical integration of the normal density:
 
->>> from qdeploy.histogram import as_batch
+>>> from qdeploy.numerics.histogram import as_batch
 >>> seen = MeanSquare(QuantSpec(bits=4, signed=True, symmetric=True))
 >>> seen.update(*as_batch([torch.special.ndtri((torch.arange(10000) + 0.5) / 10000).tolist()]))
 >>> round(seen.range()[1].item(), 1)
@@ -39,11 +39,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qdeploy.arith import choose_scale
-from qdeploy.errors import OptionError
-from qdeploy.histogram import HistogramObserver
-from qdeploy.observer import observer
-from qdeploy.spec import QuantSpec
+from qdeploy.core.errors import OptionError
+from qdeploy.core.spec import QuantSpec
+from qdeploy.numerics.arith import choose_scale
+from qdeploy.numerics.histogram import HistogramObserver
+from qdeploy.numerics.observer import observer
 
 EXACT_BITS = 10
 """Widest codes whose zero_points are all tried; beyond, a bin is about as wide as a step."""

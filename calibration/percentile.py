@@ -6,7 +6,7 @@ is exact up to one bin, and it never lies beyond the exact extremes.
 
 Worked: of 1..1000 with an outlier of 5000, the upper 1 percent, that is the last 10 of 1001 values, lie above 991:
 
->>> from qdeploy.histogram import as_batch
+>>> from qdeploy.numerics.histogram import as_batch
 >>> seen = Percentile(QuantSpec(signed=False, symmetric=False), percentile=99)
 >>> seen.update(*as_batch([[*range(1, 1001), 5000.0]]))
 >>> low, high = seen.range()
@@ -19,10 +19,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qdeploy.errors import OptionError
-from qdeploy.histogram import HistogramObserver
-from qdeploy.observer import observer
-from qdeploy.spec import QuantSpec
+from qdeploy.core.errors import OptionError
+from qdeploy.core.spec import QuantSpec
+from qdeploy.numerics.histogram import HistogramObserver
+from qdeploy.numerics.observer import observer
 
 
 @observer("percentile")

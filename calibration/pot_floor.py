@@ -8,7 +8,7 @@ the zero_point of an asymmetric spec is that of f0, so that a finer scale clips 
 
 Worked: with 3 bits, 1.9 is covered by the scale 1, as 3 * 1/2 is not enough, which makes 0 of every +-0.1; 1/8 keeps them:
 
->>> from qdeploy.histogram import as_batch
+>>> from qdeploy.numerics.histogram import as_batch
 >>> seen = PowerFloor(QuantSpec.parse("int3 power-of-two"))
 >>> seen.update(*as_batch([[-0.1, 0.1] * 5000 + [1.9]]))
 >>> [v.item() * 2**3 for v in seen.range()]
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qdeploy.arith import choose_scale
-from qdeploy.errors import OptionError
-from qdeploy.histogram import Histogram, HistogramObserver
-from qdeploy.observer import observer
-from qdeploy.spec import QuantSpec
+from qdeploy.core.errors import OptionError
+from qdeploy.core.spec import QuantSpec
+from qdeploy.numerics.arith import choose_scale
+from qdeploy.numerics.histogram import Histogram, HistogramObserver
+from qdeploy.numerics.observer import observer
 
 FINER = 4
 """How often the scale that clips nothing is halved."""

@@ -6,7 +6,7 @@ when all are used, neighbours are merged in pairs, exactly, and from then on twi
 
 Worked: three batches within 1 outvote one that reaches 100:
 
->>> from qdeploy.histogram import as_batch
+>>> from qdeploy.numerics.histogram import as_batch
 >>> seen = PowerMode(QuantSpec.parse("int8 power-of-two"))
 >>> for largest in (0.9, 100.0, 0.8, 0.7):
 ...     seen.update(*as_batch([torch.linspace(-largest, largest, 1000).tolist()]))
@@ -20,9 +20,9 @@ import torch
 from qdeploy.calibration.pot_floor import best_scale, check_powers, limits
 from torch import Tensor
 
-from qdeploy.histogram import Histogram
-from qdeploy.observer import Observer, observer
-from qdeploy.spec import QuantSpec
+from qdeploy.core.spec import QuantSpec
+from qdeploy.numerics.histogram import Histogram
+from qdeploy.numerics.observer import Observer, observer
 
 BATCHES = 64
 """Histograms of one row that are kept."""

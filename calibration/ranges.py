@@ -29,16 +29,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qdeploy import arith, graph
-from qdeploy.algorithm import Declined, Step, Work, count, generator, step
-from qdeploy.candidates import Candidates
-from qdeploy.errors import OptionError
-from qdeploy.flow import backward_batch
-from qdeploy.insert import Numbers
-from qdeploy.observer import as_rows, finite_minmax
-from qdeploy.plan import TensorPlan
-from qdeploy.quantizer import Quantizer
-from qdeploy.recipe import Choice
+from qdeploy.core.errors import OptionError
+from qdeploy.core.recipe import Choice
+from qdeploy.graph import query
+from qdeploy.graph.flow import backward_batch
+from qdeploy.numerics import arith
+from qdeploy.numerics.multi_observer import MultiObserver
+from qdeploy.numerics.observer import as_rows, finite_minmax
+from qdeploy.numerics.quantizer import Quantizer
+from qdeploy.recipes.step import Declined, Step, Work, count, generator, step
+from qdeploy.simulation.insert import Numbers
+from qdeploy.simulation.plan import TensorPlan
 
 OBSERVED = (
     Choice(observer="mse"),
@@ -80,9 +81,9 @@ class Ranges(Step):
         with torch.no_grad():
             for done, batch in enumerate(batches):
                 walk.run(*batch)
-                work.tell("ranges", done + 1, len(batches))
+                work.progress("ranges", done + 1, len(batches))
         counts = {"activation": walk.decide_activations(work), "weight": walk.decide_weights(work)}
-        work.settle()
+        work.make_consistent()
         present = (("activation", activations), ("weight", weights))
         return "changed " + " and ".join(f"{counts[role]} of {len(all_)} {role} ranges" for role, all_ in present if all_)
 
@@ -160,7 +161,7 @@ def _activations(work: Work) -> dict[str, Contest]:
         if planned.group in found or quantizer not in prepared.chosen:
             continue
         seen = work.observer(planned.group).seen_as(quantizer.spec)
-        ranges = seen.ranges().values() if isinstance(seen, Candidates) else [seen.range()]
+        ranges = seen.ranges().values() if isinstance(seen, MultiObserver) else [seen.range()]
         found[planned.group] = _contest(quantizer, prepared.chosen[quantizer], ranges)
     return {group: contest for group, contest in found.items() if len(contest.candidates) > 1}
 
@@ -171,8 +172,8 @@ def _weights(work: Work) -> dict[str, Contest]:
     found: dict[str, Contest] = {}
     for planned in _linear(prepared.plan.quantized, "weight"):
         quantizer = prepared.quantizers[planned.tensor]
-        weight = graph.parameter(work.float_module, planned.tensor).detach()
-        if torch.equal(weight, graph.parameter(prepared.module, planned.tensor)):
+        weight = query.parameter(work.float_module, planned.tensor).detach()
+        if torch.equal(weight, query.parameter(prepared.module, planned.tensor)):
             now = prepared.chosen[quantizer]
             rows = as_rows(weight, quantizer.spec.axis)
             found[planned.tensor] = _contest(quantizer, now, _scaled(quantizer, now, *finite_minmax(rows, planned.tensor)))
@@ -222,7 +223,7 @@ def gains(module: fx.GraphModule, batches: Sequence[Sequence[Tensor]], seed: int
         with torch.enable_grad():
             values.run(*batch)
             random = generator(seed, index)
-            outputs = [made for node in graph.outputs(module.graph) if (made := values.outputs.get(node)) is not None]
+            outputs = [made for node in query.outputs(module.graph) if (made := values.outputs.get(node)) is not None]
             signs = [torch.randint(0, 2, z.shape, generator=random) * 2.0 - 1 for z in outputs]
             sizes = [z.detach().norm().clamp(min=1e-30) / math.sqrt(z.shape[0] if z.dim() else 1) for z in outputs]
             total = torch.stack([(z * v).sum() / size for z, v, size in zip(outputs, signs, sizes, strict=True)]).sum()
@@ -240,11 +241,11 @@ class _Differentiable(fx.Interpreter):
         """The tensors that follow from no other; parameters have no gradients here."""
         self.outputs: dict[fx.Node, Tensor] = {}
         self._found = found
-        self._wanted = set(graph.outputs(module.graph))
+        self._wanted = set(query.outputs(module.graph))
 
     def run_node(self, n: fx.Node) -> Any:
         made = super().run_node(n)
-        if n.op not in ("placeholder", "call_function") or not graph.is_float(n):
+        if n.op not in ("placeholder", "call_function") or not query.is_float(n):
             return made.detach() if n.op == "get_attr" else made
         if not made.requires_grad:
             made = made.detach().requires_grad_()
@@ -280,7 +281,7 @@ class _Walk(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         made = super().run_node(n)
-        if n.op == "call_function" and graph.is_float(n):
+        if n.op == "call_function" and query.is_float(n):
             self._measure(n, made)
         elif n.op in ("call_function", "output"):
             for source in self._sources(n):  # n hands on what it reads
@@ -290,8 +291,8 @@ class _Walk(fx.Interpreter):
     def _measure(self, node: fx.Node, made: Tensor) -> None:
         """Add the losses of `node` in this batch, for every candidate of what it reads."""
         sources = self._sources(node)
-        parameter = graph.argument(node, graph.op_of(node).weight)
-        tensor = graph.tensor_name(parameter) if parameter is not None else ""
+        parameter = query.argument(node, query.op_of(node).weight)
+        tensor = query.tensor_name(parameter) if parameter is not None else ""
         weight = Operand(parameter, tensor, self.weights[tensor]) if parameter is not None and tensor in self.weights else None
         if not sources and weight is None:
             return
@@ -306,7 +307,7 @@ class _Walk(fx.Interpreter):
 
     def _sources(self, node: fx.Node) -> list[Operand]:
         """The tensors that `node` reads that have candidates."""
-        groups = {source: self.edges.get((graph.tensor_name(source), graph.reader_name(node))) for source in node.all_input_nodes}
+        groups = {source: self.edges.get((query.tensor_name(source), query.reader_name(node))) for source in node.all_input_nodes}
         return [Operand(source, group, self.activations[group]) for source, group in groups.items() if group is not None]
 
     def _compare(self, node: fx.Node, end: fx.Node, wanted: Tensor, source: Operand | None, weight: Operand | None) -> None:
@@ -320,10 +321,10 @@ class _Walk(fx.Interpreter):
         for put in source.tried(self.env[source.node]) if source is not None else [{}]:
             for other in weights:
                 made = put[end] if end in put else self._again(node, end, put | other)
-                losses.append(_squares((made - wanted).mul_(root), channels, graph.op_of(node).name))
+                losses.append(_squares((made - wanted).mul_(root), channels, query.op_of(node).name))
         loss = torch.stack(losses).view(-1, len(weights), channels)
         names = source.name if source is not None else "", weight.name if weight is not None else ""
-        key = graph.reader_name(node), graph.tensor_name(source.node) if source is not None else ""
+        key = query.reader_name(node), query.tensor_name(source.node) if source is not None else ""
         if key in self.readings:
             loss += self.readings[key].loss
         self.readings[key] = Reading(*names, loss)
@@ -372,7 +373,7 @@ def _activation_behind(node: fx.Node) -> fx.Node:
     """The activation that alone reads `node`; else `node`."""
     for user in list(node.users)[:1]:
         if len(node.users) == 1 and user.op == "call_function" and user.all_input_nodes == [node]:
-            op = graph.op_of(user)
+            op = query.op_of(user)
             return user if op.kind == "activation" and op.name != "softmax" else node
     return node
 

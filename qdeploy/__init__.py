@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["calibrate", "convert", "prepare", "quantize", "verify"]
+from qdeploy.core.version import __version__
+
+__all__ = ["__version__", "calibrate", "convert", "prepare", "quantize", "verify"]
 
 # A bare checkout has `backends` and `calibration` beside this package; an installed qdeploy has them inside it.
 _checkout = Path(__file__).resolve().parent.parent

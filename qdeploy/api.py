@@ -6,7 +6,7 @@ Each takes one target or several: several share one capture, one pass over the d
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -19,34 +19,33 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from qdeploy import __version__, artifact, emit, fold, graph, outputs, tuning
-from qdeploy.algorithm import Tell, silent
-from qdeploy.artifact import Artifact
-from qdeploy.backend import Backend
-from qdeploy.capture import Captured, capture
-from qdeploy.cookbook import find_recipe
-from qdeploy.dimensions import Dynamic
-from qdeploy.distill import distill
-from qdeploy.errors import InputError, OptionError
-from qdeploy.flow import run
-from qdeploy.insert import insert_quantizers
-from qdeploy.observer import Observer
-from qdeploy.onepass import make_observers, observe, observer_of
-from qdeploy.onnxfile import emitted
-from qdeploy.plan import Plan, Widths, make_plan
-from qdeploy.prepared import Prepared
-from qdeploy.recipe import Recipe
-from qdeploy.signature import Batch
-from qdeploy.targets import Target, Targets, find_backend, find_backends, with_schemes
-from qdeploy.verification import Report, verify_artifact
+from qdeploy.capture import fold, outputs
+from qdeploy.capture.capture import Captured, capture
+from qdeploy.capture.dimensions import Dynamic
+from qdeploy.capture.signature import Batch
+from qdeploy.core.backend import Backend
+from qdeploy.core.errors import InputError, OptionError
+from qdeploy.core.progress import SampleProgress, StepProgress, no_progress, no_step_progress
+from qdeploy.core.recipe import Recipe
+from qdeploy.core.targets import Target, Targets, find_backend, find_backends, with_schemes
+from qdeploy.core.version import __version__
+from qdeploy.export import artifact, emit
+from qdeploy.export.artifact import Artifact
+from qdeploy.export.onnx_file import emitted
+from qdeploy.graph import edit, query
+from qdeploy.graph.flow import run
+from qdeploy.numerics.observer import Observer
+from qdeploy.recipes import step_runner
+from qdeploy.recipes.calibration_pass import make_observers, observe, observer_of
+from qdeploy.recipes.distill import distill
+from qdeploy.recipes.presets import find_recipe
+from qdeploy.simulation.insert import insert_quantizers
+from qdeploy.simulation.plan import Plan, Widths, make_plan
+from qdeploy.simulation.prepared import Prepared
+from qdeploy.verification.verify import Report, verify_artifact
 
 Batches = Iterable[Batch] | None
 Labels = Sequence[int] | Tensor | NDArray[Any]
-Watch = Callable[[int], None]
-
-
-def unwatched(samples: int) -> None:
-    """Watches nothing."""
 
 
 class Options(TypedDict, total=False):
@@ -80,7 +79,7 @@ def prepare(
     `example_inputs` is a tensor, a tuple of tensors or a mapping from input names to tensors, with any batch size (None for an
     ExportedProgram). `first_last_bits` is the weight width of the first and the last layer. The schemes are words such as "int4
     symmetric per-channel", for backends that leave the choice. `dynamic` names further dimensions whose size may vary, such as
-    `{"x": {2: "height", 3: "width"}}`; see `qdeploy.dimensions`. Raises `CaptureError`, `OptionError` or `InputError`.
+    `{"x": {2: "height", 3: "width"}}`; see `qdeploy.capture.dimensions`. Raises `CaptureError`, `OptionError` or `InputError`.
     """
     widths = Widths(weight=weight_bits, activation=activation_bits, first_last=first_last_bits)
     target = with_schemes(find_backend(backend), weight_scheme, activation_scheme)
@@ -105,7 +104,7 @@ def prepare_all(
 def _prepare(captured: Captured, targets: tuple[Backend, ...], recipe: Recipe, widths: Widths, seed: int) -> tuple[Prepared, ...]:
     fold.fold_batch_norms(captured.module)
     fold.plain_batch_norms(captured.module)
-    if any(step.needs_biases for step in tuning.made_steps(recipe)):
+    if any(step.needs_biases for step in step_runner.made_steps(recipe)):
         fold.add_biases(captured.module)
     fold.untie_biases(captured.module)
     shared: dict[object, Observer] = {}
@@ -127,14 +126,14 @@ def _prepared(
         raise InputError(f"backend '{target.name}' finds no layer to quantize", found=f"ops: {ops}", action="see qdeploy inspect")
     _check_float32(captured.module, plan)
     observers = make_observers(plan, recipe, shared)
-    module = graph.copy(captured.module, own_parameters=True)
+    module = edit.copy(captured.module, own_parameters=True)
     quantizers = insert_quantizers(module, plan)
     return Prepared(captured, module, plan, target, recipe, seed, quantizers, observers)
 
 
 def _check_float32(module: fx.GraphModule, plan: Plan) -> None:
     planned = {tensor.tensor for tensor in plan.quantized}
-    made = {graph.tensor_name(node): graph.value(node) for node in module.graph.nodes}
+    made = {query.tensor_name(node): query.value(node) for node in module.graph.nodes}
     for name, value in made.items():
         if name in planned and isinstance(value, Tensor) and value.dtype != torch.float32:
             found = f"{str(value.dtype).removeprefix('torch.')} in '{name}'"
@@ -144,29 +143,29 @@ def _check_float32(module: fx.GraphModule, plan: Plan) -> None:
 def calibrate(
     prepared: Prepared,
     batches: Iterable[Batch],
-    watch: Watch = unwatched,
+    progress: SampleProgress = no_progress,
     labels: Labels | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
-    tell: Tell = silent,
+    step_progress: StepProgress = no_step_progress,
 ) -> Prepared:
     """Pass `batches` once through `prepared`, fix all ranges, and run the steps of the recipe. Returns `prepared`.
 
     labels: a class a sample; steps are then judged by right classes instead of SQNR. folder: where long steps keep their finished
-    parts, which `resume` reads back. `watch` is told the samples done, `tell` how a step goes. Raises `InputError` where a batch does
-    not fit, holds NaN or Inf, or where there is none.
+    parts, which `resume` reads back. `progress` is told the samples done, `step_progress` how a step goes. Raises `InputError` where a
+    batch does not fit, holds NaN or Inf, or where there is none.
     """
-    return calibrate_all((prepared,), batches, watch, labels, folder, resume, tell)[0]
+    return calibrate_all((prepared,), batches, progress, labels, folder, resume, step_progress)[0]
 
 
 def calibrate_all(
     several: Sequence[Prepared],
     batches: Iterable[Batch],
-    watch: Watch = unwatched,
+    progress: SampleProgress = no_progress,
     labels: Labels | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
-    tell: Tell = silent,
+    step_progress: StepProgress = no_step_progress,
 ) -> Sequence[Prepared]:
     """`calibrate` for all that one `prepare_all` made, in one pass over the data."""
     if any(one.calibrated for one in several):
@@ -176,26 +175,32 @@ def calibrate_all(
     first = several[0]
     torch.manual_seed(first.seed)
     classes = None if labels is None else torch.as_tensor(np.asarray(labels))
-    kept = observe(several, iter(batches), watch, classes, tell)
-    if folder is not None and any(tuning.tunes(one) for one in several):
-        tuning.open_folder(Path(folder), several, resume)
+    kept = observe(several, iter(batches), progress, classes, step_progress)
+    if folder is not None and any(step_runner.has_simulation_steps(one) for one in several):
+        step_runner.open_folder(Path(folder), several, resume)
     for one in several:
         one.samples_seen, one.reference = first.samples_seen, first.reference
         one.freeze(one.observers, partial(observer_of, one.recipe))
-        tuning.tune(one, kept.samples(), kept.held(), kept.labels(), None if folder is None else Path(folder) / one.backend.name, tell)
+        step_runner.run_simulation_steps(
+            one, kept.samples(), kept.held(), kept.labels(), None if folder is None else Path(folder) / one.backend.name, step_progress
+        )
         one.calibrated, one.observers = True, {}
     return several
 
 
 def distill_data(
-    model: nn.Module | ExportedProgram, example_inputs: Batch | None, samples: int = 512, seed: int = 0, tell: Tell = silent
+    model: nn.Module | ExportedProgram,
+    example_inputs: Batch | None,
+    samples: int = 512,
+    seed: int = 0,
+    progress: StepProgress = no_step_progress,
 ) -> list[tuple[Tensor, ...]]:
-    """Calibration data for a model without any: batches of images made from its batch-norm statistics; see `qdeploy.distill`.
+    """Calibration data for a model without any: batches of images made from its batch-norm statistics; see `qdeploy.recipes.distill`.
 
     Raises `InputError` where the model has none.
     """
     captured = capture(model, example_inputs, {})  # images have the sizes of the example
-    return distill(captured.module, captured.inputs, samples, seed, tell=tell)
+    return distill(captured.module, captured.inputs, samples, seed, progress=progress)
 
 
 def convert(prepared: Prepared, out: str | Path, file_format: str | None = None) -> Artifact:
@@ -259,12 +264,12 @@ def verify(
     runtime: str | Sequence[str] | None = None,
     labels: Labels | None = None,
     simulation: Prepared | None = None,
-    watch: Watch = unwatched,
+    progress: SampleProgress = no_progress,
 ) -> Report:
-    """Run the artifact in the folder `out` on real runtimes and compare; see `qdeploy.verification`."""
+    """Run the artifact in the folder `out` on real runtimes and compare; see `qdeploy.verification.verify`."""
     opened = out if isinstance(out, Artifact) else Artifact.open(out)
     numbers = None if labels is None else np.asarray(labels)
-    return verify_artifact(opened, batches, runtime, numbers, simulation, watch)
+    return verify_artifact(opened, batches, runtime, numbers, simulation, progress)
 
 
 class More(TypedDict, total=False):

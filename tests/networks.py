@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 import qdeploy
 from qdeploy import api
-from qdeploy.artifact import Artifact
-from qdeploy.backend import Backend, backends
-from qdeploy.prepared import Prepared
+from qdeploy.core.backend import Backend, backends
+from qdeploy.export.artifact import Artifact
+from qdeploy.simulation.prepared import Prepared
 
 Batch = tuple[Tensor, ...]
 _OWN = tempfile.TemporaryDirectory(prefix="qdeploy-tests-")

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 import qdeploy
 from qdeploy import api
-from qdeploy.artifact import Artifact
-from qdeploy.backend import backends
-from qdeploy.errors import InputError, OptionError, QDeployError
-from qdeploy.prepared import Prepared
-from qdeploy.recipe import Recipe, StepChoice
+from qdeploy.core.backend import backends
+from qdeploy.core.errors import InputError, OptionError, QDeployError
+from qdeploy.core.recipe import Recipe, StepChoice
+from qdeploy.export.artifact import Artifact
+from qdeploy.simulation.prepared import Prepared
 
 CONTRACT = {
     "prepare": ["model", "example_inputs", "backend", "recipe", "weight_bits", "activation_bits", "first_last_bits", "seed"],
@@ -67,7 +67,7 @@ def test_the_package_offers_the_verbs_and_nothing_else() -> None:
         _ = qdeploy.quantise
 
 
-@pytest.mark.parametrize("first", ["import qdeploy.api", "from qdeploy.verification import Report"])
+@pytest.mark.parametrize("first", ["import qdeploy.api", "from qdeploy.verification.verify import Report"])
 def test_the_verb_verify_is_not_hidden_by_its_module(first: str) -> None:
     code = f"import qdeploy; {first}; print(callable(qdeploy.verify), all(callable(getattr(qdeploy, v)) for v in qdeploy.__all__))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)

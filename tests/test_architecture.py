@@ -1,8 +1,10 @@
-"""The house plan as tests: imports go down only, nothing is imported too early, and registries refuse what they should."""
+"""The plan of the house as tests: imports go down only, nothing is imported too early, and registries refuse what they should."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,51 +13,31 @@ from pathlib import Path
 
 import pytest
 
-from qdeploy.algorithm import steps
-from qdeploy.backend import Backend, backends
-from qdeploy.errors import InputError, OptionError
-from qdeploy.observer import observers
-from qdeploy.registry import Registry
-from qdeploy.runtimes import runtimes
+from qdeploy.core.backend import Backend, backends
+from qdeploy.core.errors import InputError, OptionError
+from qdeploy.core.registry import Registry
+from qdeploy.numerics.observer import observers
+from qdeploy.recipes.step import steps
+from qdeploy.runtimes.runtime import runtimes
 
 ROOT = Path(__file__).resolve().parent.parent
-LEVELS = (
-    ("errors", "registry", "spec", "ops", "backend", "formats"),
-    # a recipe names observers and steps, which it only looks up when it is read
-    ("arith", "observer", "histogram", "candidates", "recipe", "rounding", "quantizer"),
-    (
-        "signature",
-        "dimensions",
-        "graph",
-        "channels",
-        "outputs",
-        "moves",
-        "decompose",
-        "simplify",
-        "capture",
-        "fold",
-        "plan",
-        "ties",
-        "insert",
-        "watch",
-        "prepared",
-    ),
-    ("flow", "regions", "algorithm", "reconstruct", "blockwise", "distill", "cookbook", "tuning", "onepass"),
-    ("functions", "lower", "onnxfile", "artifact", "edges", "translate", "emit", "runtimes", "verification"),
-    ("importing", "files"),
-    ("targets", "api", "screen", "arguments", "cli"),
-)
-ORDER = [name for level in LEVELS for name in level]
+PLACES = {path.parent.name: path.parent for base in (ROOT / "qdeploy", ROOT) for path in sorted(base.glob("*/__init__.py"))}
+FOLDERS = sorted(PLACES.keys() - {"qdeploy"})
+FILES = [path for name in FOLDERS for path in sorted(PLACES[name].glob("*.py"))]
 ENGINE = sorted((ROOT / "qdeploy").rglob("*.py"))
 
 
 @dataclass(frozen=True)
 class Import:
-    """One import of ours: `name` below `qdeploy.`; `lazy` where a function makes it, or only a type checker reads it."""
+    """One import of ours: the module `name` below `qdeploy`; `lazy` where a function makes it, or only a type checker reads it."""
 
     name: str
     line: int
     lazy: bool
+
+    @property
+    def folder(self) -> str:
+        return self.name.split(".")[0]
 
 
 def imports(path: Path) -> Iterator[Import]:
@@ -92,54 +74,78 @@ def _module(name: str) -> str:
     return ""
 
 
-def _place(path: Path) -> str:
-    return path.relative_to(ROOT / "qdeploy").parts[0].removesuffix(".py")
+def _folder(path: Path) -> str:
+    return path.parent.name
 
 
 def _name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def test_every_file_of_the_engine_has_its_level():
-    assert {_place(path) for path in ENGINE} - {"__init__"} == set(ORDER)
+def stated(folder: str) -> set[str]:
+    """What a folder says that it imports: the last line of the text in its `__init__.py`."""
+    text = ast.get_docstring(ast.parse((PLACES[folder] / "__init__.py").read_text(encoding="utf-8"))) or ""
+    found = re.fullmatch(r".{60,}?\n\nImports: ([\w, ]+)\.", text, re.DOTALL)
+    assert found, f"{folder}/__init__.py says its job in a paragraph, and in a last line what it imports"
+    return set() if found[1] == "nothing of qdeploy" else set(found[1].split(", "))
 
 
-@pytest.mark.parametrize("path", ENGINE, ids=_name)
-def test_imports_go_down_only(path: Path):
-    place = _place(path)
-    for found in imports(path):
-        target = found.name.split(".")[0]
-        if place == "__init__":
-            assert target == "api" and found.lazy, f"the front door imports {found.name}, line {found.line}"
-        elif target and target != place:
-            assert ORDER.index(target) < ORDER.index(place), f"{path.name}:{found.line}: {place} imports {found.name}"
+def test_folders_import_downwards_only():
+    graphlib.TopologicalSorter({folder: stated(folder) - {"api"} for folder in FOLDERS}).prepare()
+    assert not any("cli" in stated(folder) for folder in FOLDERS), "nothing imports the command line"
+    assert [folder for folder in FOLDERS if "api" in stated(folder)] == ["cli"], "the API is asked by the command line only"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_imports_what_it_says_and_nothing_else(folder: str):
+    found = {one.folder: f"{_name(path)}:{one.line}" for path in sorted(PLACES[folder].glob("*.py")) for one in imports(path)}
+    found.pop(folder, None)
+    assert found.keys() == stated(folder), found
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_files_of_a_folder_import_each_other_in_one_direction(folder: str):
+    below = {f"{folder}.{path.stem}": {one.name for one in imports(path)} for path in sorted(PLACES[folder].glob("*.py"))}
+    graphlib.TopologicalSorter({name: used & below.keys() for name, used in below.items()}).prepare()
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_face_of_a_folder_says_its_job_and_hands_on_nothing(folder: str):
+    face = PLACES[folder] / "__init__.py"
+    assert not list(imports(face)) and not list(_imported(face))
+
+
+def test_the_front_door_imports_the_api_when_it_is_asked_and_the_version():
+    for found in imports(ROOT / "qdeploy/__init__.py"):
+        assert found.name == "core.version" or (found.folder == "api" and found.lazy), f"line {found.line}"
+    assert [path.name for path in sorted((ROOT / "qdeploy").glob("*.py"))] == ["__init__.py", "api.py"], "all else has a folder"
+
+
+def test_the_documents_draw_the_folders_as_they_are():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(?:qdeploy/)?(\w+)/` \|[^|]+\| ([^|]+) \|$", text, re.MULTILINE)
+    drawn = {folder: set(re.findall(r"\w+", used)) - {"nothing"} for folder, used in rows}
+    assert drawn == {folder: stated(folder) for folder in FOLDERS}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "qdeploy/files").glob("*.py")), ids=_name)
-def test_the_readers_of_files_stand_alone(path: Path):
-    allowed = {"errors", "spec", "registry", "files"}
-    assert {found.name.split(".")[0] for found in imports(path) if not found.lazy} <= allowed
+def test_the_readers_of_files_load_the_importer_only_when_they_need_it(path: Path):
+    assert {found.folder for found in imports(path) if not found.lazy} <= {"core", "files"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "backends").glob("*.py")), ids=_name)
 def test_a_backend_imports_words_and_the_standard_library_only(path: Path):
-    assert {found.name.split(".")[0] for found in imports(path)} <= {"spec", "ops", "backend", "formats"}
+    assert {found.name for found in imports(path) if found.folder == "core"} <= {"core.spec", "core.ops", "core.backend"}
     others = {name.split(".")[0] for name in _imported(path)} - {"qdeploy"}
     assert others <= sys.stdlib_module_names
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "calibration").glob("*.py")), ids=_name)
-def test_a_calibration_file_imports_nothing_above_the_optimization_and_no_backend(path: Path):
-    allowed = set(ORDER[: ORDER.index("blockwise") + 1]) - {"backend"} | {"calibration"}
-    assert {found.name.split(".")[0] for found in imports(path)} <= allowed
 
 
 @pytest.mark.parametrize("path", ENGINE, ids=_name)
 def test_the_engine_imports_no_backend_no_observer_and_no_runtime_by_name(path: Path):
     for found in imports(path):
-        folder, _, member = found.name.partition(".")
-        assert folder not in ("backends", "calibration"), f"line {found.line}"
-        assert not (folder == "runtimes" and member) or _place(path) == "runtimes", f"line {found.line}"
+        assert found.folder not in ("backends", "calibration"), f"line {found.line}"
+        known = found.folder != "runtimes" or found.name == "runtimes.runtime" or _folder(path) == "runtimes"
+        assert known, f"line {found.line}"
 
 
 def _strings(path: Path) -> Iterator[tuple[int, str]]:
@@ -150,29 +156,31 @@ def _strings(path: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.value
 
 
-@pytest.mark.parametrize("path", [p for p in ENGINE if _place(p) != "runtimes"], ids=_name)
+@pytest.mark.parametrize("path", [p for p in ENGINE if _folder(p) != "runtimes"], ids=_name)
 def test_the_engine_names_no_backend(path: Path):
     # some runtimes have backends' names; the reference that reads every artifact literally is named where it is the default
     shared = set(runtimes.names())
     for line, text in _strings(path):
         assert text not in set(backends.names()) - shared, f"{path.name}:{line} names the backend {text!r}"
-        assert text not in shared or (text == "onnxruntime" and _place(path) in ("verification", "backend")), (
-            f"{path.name}:{line} names the runtime {text!r}"
-        )
+        assert text not in shared or (
+            text == "onnxruntime" and _name(path) in ("qdeploy/verification/verify.py", "qdeploy/core/backend.py")
+        ), f"{path.name}:{line} names the runtime {text!r}"
 
 
 def _python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("module", ["qdeploy", "qdeploy.cli", "qdeploy.backend", "qdeploy.recipe", "qdeploy.runtimes"])
+@pytest.mark.parametrize(
+    "module", ["qdeploy", "qdeploy.cli.main", "qdeploy.core.backend", "qdeploy.core.recipe", "qdeploy.runtimes.runtime"]
+)
 def test_importing_does_not_import_torch(module: str):
     done = _python(f"import sys, {module}; print([m for m in ('torch', 'onnx', 'onnxruntime') if m in sys.modules])")
     assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_asking_for_the_backends_does_not_import_torch():
-    code = "import sys; from qdeploy.backend import backends; print(backends.names() and 'torch' in sys.modules)"
+    code = "import sys; from qdeploy.core.backend import backends; print(backends.names() and 'torch' in sys.modules)"
     assert _python(code).stdout.strip() == "False"
 
 
@@ -197,7 +205,7 @@ def test_a_registry_refuses_a_duplicate_and_lists_the_nearest_of_an_unknown_name
 GOOD = """
 from __future__ import annotations
 from dataclasses import dataclass, replace
-from qdeploy.backend import backends, register
+from qdeploy.core.backend import backends, register
 
 @dataclass(frozen=True)
 class Mine:

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from qdeploy import arith
-from qdeploy.spec import FLOAT16_MAX, QuantSpec
+from qdeploy.core.spec import FLOAT16_MAX, QuantSpec
+from qdeploy.numerics import arith
 
 HALF = Fraction(1, 2)
 magnitudes = st.floats(-(2.0**100), 2.0**100, width=32)

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from qdeploy import artifact as artifacts
-from qdeploy.artifact import MANIFEST, REFERENCE, Artifact, check_free, npz, render, sha256, staged, write
-from qdeploy.backend import backends
-from qdeploy.errors import ArtifactError, InputError
+from qdeploy.core.backend import backends
+from qdeploy.core.errors import ArtifactError, InputError
+from qdeploy.export import artifact as artifacts
+from qdeploy.export.artifact import MANIFEST, REFERENCE, Artifact, check_free, npz, render, sha256, staged, write
 
 FILES = {"model.onnx": b"some bytes", "reference.npz": b"others"}
 CHECKOUT = Path(__file__).parent.parent

@@ -19,11 +19,11 @@ import pytest
 from toy import toy
 
 import qdeploy
-from qdeploy import ops
-from qdeploy.backend import QDQ, Backend, Emitted, Format, backends
-from qdeploy.errors import OptionError
-from qdeploy.runtimes import find_runtime
-from qdeploy.spec import QuantSpec
+from qdeploy.core import ops
+from qdeploy.core.backend import QDQ, Backend, Emitted, Format, backends
+from qdeploy.core.errors import OptionError
+from qdeploy.core.spec import QuantSpec
+from qdeploy.runtimes.runtime import find_runtime
 
 ENCODINGS = "model.encodings"
 VERSIONS = [(name, version) for name in ("snpe", "qnn") for version in ("1.0.0", "0.6.1")]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from qdeploy import cli
+from qdeploy.cli.main import main
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 
@@ -567,7 +567,7 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
     capfd.readouterr()
     status: object = 0
     try:
-        cli.main()
+        main.main()
     except SystemExit as end:
         status = end.code
     shown = capfd.readouterr()
@@ -682,7 +682,7 @@ def test_other_commands(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_runtime_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    from qdeploy.runtimes import Runtime
+    from qdeploy.runtimes.runtime import Runtime
 
     monkeypatch.setattr(Runtime, "installed", lambda self: False)
     shown = run([*f"quantize {DIGITS} {DATA} --backend snpe --runtime tvm --out".split(), str(tmp_path / "out")], monkeypatch, capfd)
@@ -727,7 +727,12 @@ def test_fewer_samples_than_a_fixed_batch(
     ],
 )
 def test_real_process(given: str, words: list[str], folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from qdeploy.cli import main; main()", *given.format(at=folder, out=tmp_path / "out").split()]
+    command = [
+        sys.executable,
+        "-c",
+        "from qdeploy.cli.main import main; main()",
+        *given.format(at=folder, out=tmp_path / "out").split(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     check_message((done.returncode, done.stdout, done.stderr), [word.format(at=folder) for word in words])
     assert not list(tmp_path.iterdir())

@@ -11,13 +11,14 @@ from qdeploy.calibration.bias_correction import Moments, clipped, correct, mean_
 from torch import Tensor, fx, nn
 
 import qdeploy
-from qdeploy import arith, graph
-from qdeploy.algorithm import Declined, Work, make_step
-from qdeploy.errors import OptionError
-from qdeploy.flow import Arena, Flow
-from qdeploy.prepared import Prepared
-from qdeploy.recipe import Recipe, StepChoice
-from qdeploy.regions import is_layer
+from qdeploy.core.errors import OptionError
+from qdeploy.core.recipe import Recipe, StepChoice
+from qdeploy.graph import query
+from qdeploy.graph.flow import Flow, TensorStore
+from qdeploy.graph.regions import is_layer
+from qdeploy.numerics import arith
+from qdeploy.recipes.step import Declined, Work, make_step
+from qdeploy.simulation.prepared import Prepared
 
 BACKENDS = ("snpe", "tensorrt", "openvino", "vitis", "academic", "nnie")
 COARSE = {"weight_bits": 4, "first_last_bits": 4}
@@ -32,18 +33,18 @@ def prepared(name: str, backend: str) -> Prepared:
 
 
 def layers(one: Prepared) -> list[fx.Node]:
-    return [n for n in one.floating.graph.nodes if n.op == "call_function" and is_layer(n) and graph.argument(n, 2) is not None]
+    return [n for n in one.floating.graph.nodes if n.op == "call_function" and is_layer(n) and query.argument(n, 2) is not None]
 
 
 def bias_of(layer: fx.Node) -> str:
-    bias = graph.argument(layer, 2)
+    bias = query.argument(layer, 2)
     assert bias is not None
-    return graph.tensor_name(bias)
+    return query.tensor_name(bias)
 
 
 def added(one: Prepared, path: str) -> Tensor:
     """What the simulation adds for a bias."""
-    bias, quantizer = graph.parameter(one.module, path).detach().clone(), one.quantizers.get(path)
+    bias, quantizer = query.parameter(one.module, path).detach().clone(), one.quantizers.get(path)
     return bias if quantizer is None else quantizer.quantize(bias)
 
 
@@ -57,15 +58,15 @@ def step_of(one: Prepared, path: str) -> float:
 
 def gaps(one: Prepared, data: list[Tensor]) -> dict[str, Tensor]:
     """By layer, how far the mean of its simulated output is from that of the float one, `[C]`."""
-    floating, simulated = (Flow(module, data, Arena(), 32) for module in (one.floating, one.module))
+    floating, simulated = (Flow(module, data, TensorStore(), 32) for module in (one.floating, one.module))
     found = {}
     for layer in layers(one):
-        name = graph.tensor_name(layer)
+        name = query.tensor_name(layer)
         means = []
         for flow in (floating, simulated):
             node = flow.node(name)
             flow.through(node)
-            axis = 1 if graph.op_of(node).name.startswith("conv") else flow[node].dim() - 1
+            axis = 1 if query.op_of(node).name.startswith("conv") else flow[node].dim() - 1
             means.append(flow[node].double().mean([d for d in range(flow[node].dim()) if d != axis]))
         found[name] = means[1] - means[0]
     return found
@@ -80,7 +81,7 @@ def test_afterwards_the_means_of_all_layers_are_those_of_the_float_ones(name: st
     make_step("bias_correction", {}).run(Work(one, data))
     largest = max(float(gap.abs().max()) for gap in before.values())
     assert largest > 1e-4, "there is something to correct"
-    steps = {graph.tensor_name(n): step_of(one, bias_of(n)) for n in layers(one)}
+    steps = {query.tensor_name(n): step_of(one, bias_of(n)) for n in layers(one)}
     for layer, gap in gaps(one, data).items():
         step = steps[layer]
         # half a step of the bias, and float sums
@@ -92,7 +93,7 @@ def test_a_layer_is_corrected_for_what_the_corrected_layers_before_leave():
     start = {bias_of(n): added(one, bias_of(n)) for n in layers(one)}
     before = gaps(one, data)
     make_step("bias_correction", {}).run(Work(one, data))
-    extra = [(start[bias_of(n)] - one.biases[bias_of(n)] - before[graph.tensor_name(n)]).abs().max() for n in layers(one)]
+    extra = [(start[bias_of(n)] - one.biases[bias_of(n)] - before[query.tensor_name(n)]).abs().max() for n in layers(one)]
     assert extra[0] < 1e-5, "nothing comes before the first"
     assert max(extra[1:]) > 1e-3, "the later ones are not corrected twice for the same error"
 
@@ -102,7 +103,7 @@ def test_settling_again_keeps_a_correction(backend: str):
     one, data = prepared("mobile", backend), samples("mobile")
     make_step("bias_correction", {}).run(Work(one, data))
     corrected = {bias_of(n): added(one, bias_of(n)) for n in layers(one)}
-    Work(one, data).settle()
+    Work(one, data).make_consistent()
     assert all(torch.equal(added(one, path), bias) for path, bias in corrected.items())
 
 
@@ -111,7 +112,7 @@ def test_a_bias_with_a_range_of_its_own_gets_the_power_of_two_that_suits_it(time
     one, data = prepared("plain", "vitis"), samples("plain")
     layer = layers(one)[0]
     quantizer = one.quantizers[bias_of(layer)]
-    old, bias = float(quantizer.scale), graph.parameter(one.module, bias_of(layer))
+    old, bias = float(quantizer.scale), query.parameter(one.module, bias_of(layer))
     start = added(one, bias_of(layer))
     wanted = torch.linspace(-1, 1, len(start)) * 127 * old * times
     moved = correct(Work(one, data), layer, wanted - start, rounded=True)
@@ -124,12 +125,12 @@ def test_a_bias_with_a_range_of_its_own_gets_the_power_of_two_that_suits_it(time
 def test_what_a_coarse_bias_is_rounded_by_is_not_corrected_twice():
     """The gap that is measured has the rounding of the old bias in it: the new one starts from what was added."""
     one, data = prepared("mobile", "vitis"), samples("mobile")
-    exact = {bias_of(n): graph.parameter(one.module, bias_of(n)).detach().clone() for n in layers(one)}
+    exact = {bias_of(n): query.parameter(one.module, bias_of(n)).detach().clone() for n in layers(one)}
     first = layers(one)[0]
-    gap = gaps(one, data)[graph.tensor_name(first)]
+    gap = gaps(one, data)[query.tensor_name(first)]
     rounding = added(one, bias_of(first)) - exact[bias_of(first)]
     make_step("bias_correction", {}).run(Work(one, data))
-    moved = graph.parameter(one.module, bias_of(first)) - exact[bias_of(first)]
+    moved = query.parameter(one.module, bias_of(first)) - exact[bias_of(first)]
     assert torch.allclose(moved.double(), rounding.double() - gap, atol=1e-5) and rounding.abs().max() > 1e-3
 
 
@@ -153,14 +154,14 @@ def test_moments_of_a_channel_that_hardly_varies_are_its_value(deviation: float)
 def test_by_batch_norms_a_bias_moves_by_the_weight_error_times_the_mean_of_the_input():
     one, data = prepared("mobile", "academic"), samples("mobile")
     layer = layers(one)[1]
-    source = graph.argument(layer, 0)
+    source = query.argument(layer, 0)
     assert source is not None
     mean, deviation = layers(one)[0].meta["statistics"]
     expected = clipped(Moments(mean, deviation.square()), 6.0).mean
     entering = propagate(one.floating)[source].mean
     assert torch.allclose(entering, expected.view(1, -1, 1, 1).expand_as(entering))
-    weight = graph.parameter(one.floating, graph.tensor_name(layer.args[1])).detach()
-    quantizer = one.quantizers[graph.tensor_name(layer.args[1])]
+    weight = query.parameter(one.floating, query.tensor_name(layer.args[1])).detach()
+    quantizer = one.quantizers[query.tensor_name(layer.args[1])]
     error = arith.fake_quantize(weight, quantizer.scale, quantizer.zero_point, quantizer.spec) - weight
     inner = nn.functional.conv2d(entering.float(), error, None, padding=1, groups=12).mean((0, 2, 3))
     assert torch.allclose(mean_shift(Work(one, data), layer, entering).float(), inner, atol=1e-5)
@@ -198,14 +199,14 @@ def test_means_go_through_sums_concats_pads_and_pools_as_the_network_would_have_
         net.train()(x)  # running statistics
     one = qdeploy.prepare(net.eval(), x[:4], "tensorrt", recipe=Recipe(name="t"))
     found = propagate(one.floating)
-    flow = Flow(one.floating, [x], Arena(), 1024)
+    flow = Flow(one.floating, [x], TensorStore(), 1024)
     checked = 0
     for layer in layers(one):
-        source = graph.argument(layer, 0)
+        source = query.argument(layer, 0)
         assert source is not None
         flow.advance(layer)
-        assert (source in found) == (graph.op_of(source).name != "max_pool2d")
-        if source in found and graph.op_of(source).name != "slice":
+        assert (source in found) == (query.op_of(source).name != "max_pool2d")
+        if source in found and query.op_of(source).name != "slice":
             assert torch.allclose(found[source].mean.float(), flow[source].mean(0, keepdim=True), atol=0.06)
             checked += 1
     assert checked == 2

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 import qdeploy
-from qdeploy import algorithm, arith, blockwise, graph, regions
-from qdeploy.algorithm import Declined, Work
-from qdeploy.errors import OptionError
-from qdeploy.flow import run
-from qdeploy.prepared import Prepared
-from qdeploy.recipe import Recipe, StepChoice
-from qdeploy.reconstruct import Settings
+from qdeploy.core.errors import OptionError
+from qdeploy.core.recipe import Recipe, StepChoice
+from qdeploy.graph import query, regions
+from qdeploy.graph.flow import run
+from qdeploy.numerics import arith
+from qdeploy.recipes import blockwise, step
+from qdeploy.recipes.reconstruct import Settings
+from qdeploy.recipes.step import Declined, Work
+from qdeploy.simulation.prepared import Prepared
 
 STEPS = ("adaround", "brecq", "qdrop")
 FEW: dict[str, object] = {"iterations": 60, "batch": 8, "samples": 28}
@@ -45,7 +47,7 @@ def weights(one: Prepared) -> dict[str, Tensor]:
     for planned in one.plan.quantized:
         if planned.role == "weight":
             q = one.quantizers[planned.tensor]
-            found[planned.tensor] = arith.quantize(graph.parameter(one.module, planned.tensor), q.scale, q.zero_point, q.spec)
+            found[planned.tensor] = arith.quantize(query.parameter(one.module, planned.tensor), q.scale, q.zero_point, q.spec)
     return found
 
 
@@ -79,7 +81,7 @@ def test_weights_are_rounded_within_one_code_of_nearest(step: str):
     changed = 0
     for name, codes in weights(one).items():
         q = one.quantizers[name]
-        nearest = arith.quantize(graph.parameter(plain.floating, name), q.scale, q.zero_point, q.spec)
+        nearest = arith.quantize(query.parameter(plain.floating, name), q.scale, q.zero_point, q.spec)
         assert (codes - nearest).abs().max() <= 1, name
         changed += int((codes != nearest).sum())
     assert changed or one.log[0]["decision"] == "undone"
@@ -165,7 +167,7 @@ def test_progress_tells_block_iteration_and_loss():
     told: list[tuple[str, int, int, float | None]] = []
     one = prepared("qdrop", iterations=100)
     qdeploy.calibrate(
-        one, networks.batches("residual"), tell=lambda what, done, total, loss=None: told.append((what, done, total, loss))
+        one, networks.batches("residual"), progress=lambda what, done, total, loss=None: told.append((what, done, total, loss))
     )
     assert told and all(done <= total and loss is not None and loss >= 0 for _, done, total, loss in told)
     assert [done for _, done, _, _ in told] == sorted(done for _, done, _, _ in told)
@@ -190,12 +192,12 @@ def test_a_model_of_fixed_batch_is_reconstructed_in_batches_of_its_size():
 @pytest.mark.parametrize(("option", "value"), [("iterations", 0), ("iterations", 1.5), ("samples", -1), ("batch", "many")])
 def test_a_bad_option_is_refused(step: str, option: str, value: object):
     with pytest.raises(OptionError, match=option):
-        algorithm.make_step(step, {option: value})
+        step.make_step(step, {option: value})
 
 
 def test_an_unknown_option_gets_the_nearest_name():
     with pytest.raises(OptionError, match="did you mean 'iterations'"):
-        algorithm.make_step("qdrop", {"iteration": 3})
+        step.make_step("qdrop", {"iteration": 3})
 
 
 def test_without_layers_there_is_nothing_to_reconstruct():

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import qdeploy
-from qdeploy import graph, outputs, simplify
-from qdeploy.capture import Captured, capture
-from qdeploy.errors import CaptureError, InputError
-from qdeploy.fold import fold_batch_norms, untie_biases
+from qdeploy.capture import outputs, simplify
+from qdeploy.capture.capture import Captured, capture
+from qdeploy.capture.fold import fold_batch_norms, untie_biases
+from qdeploy.core.errors import CaptureError, InputError
+from qdeploy.graph import query
 
 
 class Lambda(nn.Module):
@@ -209,7 +210,7 @@ def test_a_traced_graph_in_training_mode_is_captured_in_eval_mode():
 def test_the_graph_is_functional_with_readable_unique_names_and_no_sizes_to_compute(name: str):
     captured = capture(build(name), inputs_of(name, 2))
     nodes = list(captured.module.graph.nodes)
-    names = [graph.tensor_name(node) for node in nodes if node.op != "output"]
+    names = [query.tensor_name(node) for node in nodes if node.op != "output"]
     assert len(set(names)) == len(names)
     assert {node.op for node in nodes} <= {"placeholder", "get_attr", "call_function", "output"}
     targets = [str(node.target) for node in nodes if node.op == "call_function"]
@@ -222,7 +223,7 @@ def test_tensors_have_the_names_of_the_modules_that_make_them():
     model.add_module("stem", nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
     model.add_module("block", Lambda(lambda s, x: s.conv(x) + x, conv=nn.Conv2d(3, 3, 1)))
     captured = capture(model, images(2))
-    made = [graph.tensor_name(n) for n in captured.module.graph.nodes if n.op == "call_function"]
+    made = [query.tensor_name(n) for n in captured.module.graph.nodes if n.op == "call_function"]
     assert made == ["stem.0", "stem.1", "block.conv", "block.add"]
 
 

@@ -24,13 +24,13 @@ import onnx
 import pytest
 import torch
 
-from qdeploy import cli
+from qdeploy.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "samples"
 MODEL, CALIBRATION, TEST = (str(SAMPLES / name) for name in ("digits.pt2", "digits_calibration.npz", "digits_test.npz"))
 QUICK = ["--recipe", "fast", "--samples", "64", "--runtime", "onnxruntime:none"]
-PROGRAM = [sys.executable, "-c", "from qdeploy.cli import main; main()"]
+PROGRAM = [sys.executable, "-c", "from qdeploy.cli.main import main; main()"]
 FILES = {"model.onnx", "model.encodings", "model.sim.onnx", "reference.npz", "qdeploy.json"}
 
 ZOO = """
@@ -73,7 +73,7 @@ ZOO = """
 MY_NPU = """
     from dataclasses import replace
 
-    from qdeploy.backend import Format, backends, register
+    from qdeploy.core.backend import Format, backends, register
 
     FORMAT = Format(name="mine", command="my-compiler {out}/model.onnx")
     MINE = register(replace(backends["onnxruntime"], name="my_npu", title="My own NPU", formats=(FORMAT,)))
@@ -100,7 +100,7 @@ def run(*arguments: object) -> int:
     before = sys.argv
     sys.argv = ["qdeploy", *map(str, arguments)]
     try:
-        cli.main()
+        main.main()
     except SystemExit as end:
         return int(end.code or 0)
     finally:
@@ -128,7 +128,7 @@ def test_help_is_fast_and_imports_no_torch() -> None:
         times.append(time.perf_counter() - start)
         assert done.returncode == 0 and "quantize" in done.stdout, done.stderr
     assert statistics.median(times) < 0.5, times
-    code = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); from qdeploy.cli import main; main()"
+    code = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); from qdeploy.cli.main import main; main()"
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, timeout=30)
     assert done.stdout.endswith("False\n")
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from qdeploy import cli
-from qdeploy.algorithm import step_options
-from qdeploy.cookbook import RECIPES
+from qdeploy.cli.main import main
+from qdeploy.recipes.presets import RECIPES
+from qdeploy.recipes.step import step_options
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, CALIBRATION = (str(ROOT / "samples" / name) for name in ("digits.pt2", "digits_calibration.npz"))
@@ -28,14 +28,14 @@ def run(*arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
     """The exit status of the program with these arguments."""
     monkeypatch.setattr(sys, "argv", ["qdeploy", *map(str, arguments)])
     try:
-        cli.main()
+        main.main()
     except SystemExit as end:
         return int(end.code or 0)
     return 0
 
 
 def command(out: Path, recipe: Path, *more: str) -> list[str]:
-    start = [sys.executable, "-c", "from qdeploy.cli import main; main()", "quantize", MODEL, "--backend", "academic"]
+    start = [sys.executable, "-c", "from qdeploy.cli.main import main; main()", "quantize", MODEL, "--backend", "academic"]
     return [*start, "--data", CALIBRATION, "--recipe", str(recipe), "--weight-bits", "4", *COMMON, "--out", str(out), *more]
 
 

@@ -11,8 +11,8 @@ import networks
 import onnx
 import pytest
 
-from qdeploy.backend import backends
-from qdeploy.ops import EVERY
+from qdeploy.core.backend import backends
+from qdeploy.core.ops import EVERY
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qdeploy
-from qdeploy import capture, distill, fold, graph
-from qdeploy.errors import InputError
-from qdeploy.spec import TensorSpec
+from qdeploy.capture import capture, fold
+from qdeploy.core.errors import InputError
+from qdeploy.core.spec import TensorSpec
+from qdeploy.graph import edit, query
+from qdeploy.recipes import distill
 
 SIDE = 16
 
@@ -98,7 +100,7 @@ def noise(count: int = 64) -> Tensor:
     return torch.randn((count, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(5))
 
 
-def calibrated(net: nn.Module, batches: list[Tensor]) -> qdeploy.prepared.Prepared:
+def calibrated(net: nn.Module, batches: list[Tensor]) -> qdeploy.simulation.prepared.Prepared:
     prepared = qdeploy.prepare(net, batches[0][:4], "snpe", recipe="mse")
     return qdeploy.calibrate(prepared, batches)
 
@@ -180,7 +182,13 @@ def test_batches_are_of_about_one_size(samples: int, sizes: list[int]) -> None:
     told: list[tuple[str, int, int]] = []
     found = captured(trained(0))
     batches = distill.distill(
-        found.module, found.inputs, samples, 0, 2, batch=8, tell=lambda what, done, total, loss=None: told.append((what, done, total))
+        found.module,
+        found.inputs,
+        samples,
+        0,
+        2,
+        batch=8,
+        progress=lambda what, done, total, loss=None: told.append((what, done, total)),
     )
     assert [len(batch[0]) for batch in batches] == sizes
     assert told[0][1:] == (1, 2 * len(sizes))
@@ -223,14 +231,14 @@ def test_both_operators_of_batch_norm_are_read() -> None:
     found = captured.__wrapped__(trained(0))
     wanted = distill.distill(found.module, found.inputs, 4, 0, iterations=3)
     for node in list(found.module.graph.nodes):
-        if node.op == "call_function" and graph.op_of(node).name == "batch_norm":
+        if node.op == "call_function" and query.op_of(node).name == "batch_norm":
             args = (*node.args[:5], False, *node.args[5:7], False)
             with found.module.graph.inserting_before(node):
                 whole = found.module.graph.call_function(torch.ops.aten.batch_norm.default, args)
             (first,) = node.users
             whole.meta = dict(first.meta)
             first.replace_all_uses_with(whole)
-    graph.finish(found.module)
+    edit.finish(found.module)
     made = distill.distill(found.module, found.inputs, 4, 0, iterations=3)
     torch.testing.assert_close(made, wanted, rtol=1e-3, atol=1e-3)
 

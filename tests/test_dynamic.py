@@ -19,12 +19,12 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import qdeploy
-from qdeploy.artifact import Artifact
-from qdeploy.capture import capture
-from qdeploy.errors import CaptureError, InputError, OptionError, QDeployError
+from qdeploy.capture.capture import capture
+from qdeploy.core.errors import CaptureError, InputError, OptionError, QDeployError
+from qdeploy.export.artifact import Artifact
+from qdeploy.export.onnx_file import with_sizes
 from qdeploy.files.model import load_model
-from qdeploy.onnxfile import with_sizes
-from qdeploy.prepared import Prepared
+from qdeploy.simulation.prepared import Prepared
 
 Named = dict[str, Tensor]
 BACKENDS = ("snpe", "tensorrt", "openvino", "onnxruntime")
@@ -368,7 +368,7 @@ def command(tmp_path: Path, arrays: Mapping[str, np.ndarray], *more: str) -> tup
     (tmp_path / "zoo.py").write_text(ZOO)
     np.savez(tmp_path / "data.npz", **arrays)
     words = ["quantize", "zoo.py:make", "--backend", "onnxruntime", "--data", "data.npz", "--recipe", "fast", "--out", "out", *more]
-    program = [sys.executable, "-c", "from qdeploy.cli import main; main()", *words, "--runtime", "onnxruntime:none"]
+    program = [sys.executable, "-c", "from qdeploy.cli.main import main; main()", *words, "--runtime", "onnxruntime:none"]
     done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     return done.returncode, done.stderr
 

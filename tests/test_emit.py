@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qdeploy
-from qdeploy import emit
-from qdeploy.artifact import MODEL, SIMULATION, Artifact
-from qdeploy.backend import backends
-from qdeploy.functions import DOMAIN
-from qdeploy.onnxfile import simplify_float, tensor_names
-from qdeploy.ops import MEAN_POOL
-from qdeploy.prepared import Prepared
-from qdeploy.spec import Encoding, QuantSpec
+from qdeploy.core.backend import backends
+from qdeploy.core.ops import MEAN_POOL
+from qdeploy.core.spec import Encoding, QuantSpec
+from qdeploy.export import emit
+from qdeploy.export.artifact import MODEL, SIMULATION, Artifact
+from qdeploy.export.onnx_file import simplify_float, tensor_names
+from qdeploy.export.onnx_functions import DOMAIN
+from qdeploy.simulation.prepared import Prepared
 
 MATRIX = networks.matrix()
 everywhere = pytest.mark.parametrize(("network", "backend"), MATRIX)

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from qdeploy import fold, graph
-from qdeploy.algorithm import Declined, make_step
-from qdeploy.capture import capture
-from qdeploy.errors import OptionError
-from qdeploy.recipe import Recipe, StepChoice
+from qdeploy.capture import fold
+from qdeploy.capture.capture import capture
+from qdeploy.core.errors import OptionError
+from qdeploy.core.recipe import Recipe, StepChoice
+from qdeploy.graph import edit, query
+from qdeploy.recipes.step import Declined, make_step
 
 # after `steps` has loaded the folder by its own name
 equalization = importlib.import_module("qdeploy.calibration.equalize")
@@ -79,19 +80,19 @@ def family(kind: str) -> tuple[fx.GraphModule, tuple[Tensor, ...], dict[str, lis
     nets = FAMILIES[kind]()
     module, inputs = double(Family(list(nets.values())), 1.0 if "absorbing" in kind else 4.0)
     made = [len(networks.flat(found)) for found in module(*inputs)]
-    leaves = iter(graph.outputs(module.graph))
+    leaves = iter(query.outputs(module.graph))
     return module, inputs, {name: [next(leaves) for _ in range(count)] for name, count in zip(nets, made, strict=True)}
 
 
 def single(kind: str, name: str) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
     """One network of a kind, with parameters of its own."""
     whole, inputs, outputs = family(kind)
-    module = graph.copy(whole, own_parameters=True)
+    module = edit.copy(whole, own_parameters=True)
     nodes = {node.name: node for node in module.graph.nodes}
     (output,) = module.graph.find_nodes(op="output")
     output.args = (tuple(nodes[node.name] for node in outputs[name]),)
     module.graph.set_codegen(fx.graph.CodeGen())
-    graph.finish(module)
+    edit.finish(module)
     return module, inputs
 
 
@@ -334,7 +335,7 @@ def test_the_channels_of_a_padded_shortcut_are_those_they_are_added_to() -> None
 def test_channels_that_were_scaled_apart_come_back() -> None:
     net = Net(lambda m, x: m.c(F.relu(m.b(F.relu(m.a(x))))), a=conv(4, 6), b=conv(6, 8), c=conv(8, 5))
     good = double(Family([net]), spread=0)[0]
-    bad = graph.copy(good, own_parameters=True)
+    bad = edit.copy(good, own_parameters=True)
     u = 12 * torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) - 6
     with torch.no_grad():
         for made, read, factor in (("a", "b", u[:6].exp2()), ("b", "c", u.exp2())):
@@ -388,15 +389,15 @@ def test_a_folded_layer_remembers_the_mean_and_std_of_its_output(affine: bool) -
         nn.init.uniform_(norm.weight, -2, 2), nn.init.uniform_(norm.bias, -2, 2)
     module = capture(net, torch.randn(2, 4, 8, 8)).module
     fold.fold_batch_norms(module)
-    first, second = (n for n in graph.copy(module).graph.nodes if n.target == torch.ops.aten.conv2d.default)
+    first, second = (n for n in edit.copy(module).graph.nodes if n.target == torch.ops.aten.conv2d.default)
     mean, std = first.meta["statistics"]
     torch.testing.assert_close(mean, norm.bias.detach().double() if affine else torch.zeros(6).double())
     torch.testing.assert_close(std, norm.weight.detach().double().abs() if affine else torch.ones(6).double())
     assert "statistics" not in second.meta
 
-    bias = graph.parameter(module, "0.bias").detach().double()
+    bias = query.parameter(module, "0.bias").detach().double()
     equalize(module)
-    factor = bias / graph.parameter(module, "0.bias").detach().double()
+    factor = bias / query.parameter(module, "0.bias").detach().double()
     assert factor.max() / factor.min() > 1.05
     (layer, _) = (n for n in module.graph.nodes if n.target == torch.ops.aten.conv2d.default)
     torch.testing.assert_close(layer.meta["statistics"][0] * factor, mean, rtol=1e-5, atol=1e-6)
@@ -476,7 +477,7 @@ def test_absorbing_is_exact(name: str, norm: bool) -> None:
     assert absorb(module) == 0
     producers = [n for n in module.graph.nodes if n.op == "call_function" and str(n.target) == "aten.conv2d.default"][:wanted]
     for node in producers if wanted and name != "residual bottlenecks" else []:
-        bias = graph.parameter(module, str(graph.argument(node, 2).target)).detach()  # type: ignore[union-attr]
+        bias = query.parameter(module, str(query.argument(node, 2).target)).detach()  # type: ignore[union-attr]
         assert (not node.meta["statistics"][0].any()) if norm else (not bias.any())
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qdeploy.errors import InputError, OptionError, QDeployError
+from qdeploy.core.errors import InputError, OptionError, QDeployError
 from qdeploy.files import data as data_module
 from qdeploy.files.data import Data, TensorSpec, open_data
 

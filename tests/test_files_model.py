@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from qdeploy.errors import InputError, NotInstalledError, OptionError, QDeployError
+from qdeploy.core.errors import InputError, NotInstalledError, OptionError, QDeployError
 from qdeploy.files.model import load_callable, load_model
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"

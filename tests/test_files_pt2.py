@@ -13,7 +13,7 @@ import torch
 from test_files_model import SAMPLES, refused, repack
 from torch import nn
 
-from qdeploy.errors import InputError
+from qdeploy.core.errors import InputError
 from qdeploy.files.model import load_model
 from qdeploy.files.pt2 import is_guard, is_shape_expression
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from test_files_data import ANY, GRAY, RGB, ROW, refused, save_image, source_file, tensors
 
-from qdeploy.errors import InputError, NotInstalledError, OptionError
+from qdeploy.core.errors import InputError, NotInstalledError, OptionError
 from qdeploy.files.data import ImageOptions, open_data
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from qdeploy.backend import Backend, Emitted, Geometry, Node, backends
-from qdeploy.spec import Encoding, QuantSpec, Role
+from qdeploy.core.backend import Backend, Emitted, Geometry, Node, backends
+from qdeploy.core.spec import Encoding, QuantSpec, Role
 
 NNIE, SIGMASTAR, STPU, TENGINE, VITIS = (backends[name] for name in ("nnie", "sigmastar", "stpu", "tengine", "vitis"))
 RISTRETTO = (backends["ambarella"], backends["wuqi"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import qdeploy
-from qdeploy.flow import BACKWARD, Arena, Flow, backward_batch, run
+from qdeploy.graph.flow import BACKWARD, Flow, TensorStore, backward_batch, run
 
 SAMPLES = 20
 
@@ -35,7 +35,7 @@ def outputs_of(flow: Flow, module: fx.GraphModule) -> list[Tensor]:
 def test_node_by_node_it_computes_what_the_whole_graph_computes(name: str, mode: str):
     prepared = networks.calibrated(name, "snpe")
     module = prepared.module if mode == "quantize" else prepared.floating
-    flow = Flow(module, inputs(name), Arena(), batch=7)
+    flow = Flow(module, inputs(name), TensorStore(), batch=7)
     for node in module.graph.nodes:
         if node.op == "call_function":
             flow.advance(node)
@@ -49,8 +49,8 @@ def test_node_by_node_it_computes_what_the_whole_graph_computes(name: str, mode:
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_a_piece_computes_what_its_part_of_the_graph_does(name: str):
     module = networks.prepared(name, "snpe").module
-    flow = Flow(module, inputs(name), Arena(), batch=SAMPLES)
-    calls = [n for n in module.graph.nodes if n.op == "call_function" and qdeploy.graph.is_float(n)]
+    flow = Flow(module, inputs(name), TensorStore(), batch=SAMPLES)
+    calls = [n for n in module.graph.nodes if n.op == "call_function" and qdeploy.graph.query.is_float(n)]
     for node in calls[2::3]:
         piece = flow.piece(node)
         with torch.no_grad():
@@ -61,7 +61,7 @@ def test_a_piece_computes_what_its_part_of_the_graph_does(name: str):
 
 def test_what_nobody_reads_any_more_is_dropped():
     module = networks.prepared("residual", "snpe").floating
-    flow = Flow(module, inputs("residual"), Arena(), batch=8)
+    flow = Flow(module, inputs("residual"), TensorStore(), batch=8)
     most = 0
     for node in module.graph.nodes:
         if node.op == "call_function":
@@ -71,18 +71,18 @@ def test_what_nobody_reads_any_more_is_dropped():
 
 
 def test_an_arena_counts_what_is_alive():
-    arena = Arena(limit=4000)
-    first = arena.empty((100,), torch.float32)
-    image = arena.empty((2, 3, 4, 5), torch.float32)
+    store = TensorStore(limit=4000)
+    first = store.empty((100,), torch.float32)
+    image = store.empty((2, 3, 4, 5), torch.float32)
     assert image.is_contiguous(memory_format=torch.channels_last)
-    assert arena.used == 400 + 480
+    assert store.used == 400 + 480
     del first
-    assert arena.used == 480
+    assert store.used == 480
 
 
 def test_beyond_the_limit_values_lie_in_files_and_are_the_same(tmp_path: Path):
     module = networks.prepared("residual", "snpe").module
-    made = [outputs_of(Flow(module, inputs("residual"), Arena(limit, tmp_path), batch=8), module) for limit in (1 << 30, 0)]
+    made = [outputs_of(Flow(module, inputs("residual"), TensorStore(limit, tmp_path), batch=8), module) for limit in (1 << 30, 0)]
     assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
     assert not list(tmp_path.iterdir()), "the files have no names"
 
@@ -105,8 +105,8 @@ class Parts(nn.Module):
 def test_values_that_are_no_rows_of_samples_are_computed_anew():
     net = Parts().eval()
     x = torch.randn(SAMPLES, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    module = qdeploy.capture.capture(net, x[:3]).module
-    flow = Flow(module, [x], Arena(), batch=6)
+    module = qdeploy.capture.capture.capture(net, x[:3]).module
+    flow = Flow(module, [x], TensorStore(), batch=6)
     for node in module.graph.nodes:
         if node.op == "call_function":
             flow.advance(node)
@@ -118,7 +118,7 @@ def test_values_that_are_no_rows_of_samples_are_computed_anew():
 def test_a_backward_pass_takes_fewer_samples_the_deeper_the_network_is():
     def module(depth: int) -> torch.fx.GraphModule:
         net = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(depth))).eval()
-        return qdeploy.capture.capture(net, torch.zeros(2, 8, 64, 64)).module
+        return qdeploy.capture.capture.capture(net, torch.zeros(2, 8, 64, 64)).module
 
     sample = 4 * 8 * 64 * 64
     for depth in (2, 40):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from toy import toy
 
-from qdeploy.backend import Backend, Format, backends
+from qdeploy.core.backend import Backend, Format, backends
 
 GOLDEN = Path(__file__).parent / "golden"
 WRITTEN = [(backend, form) for backend in backends for form in backend.formats if form.write is not None]

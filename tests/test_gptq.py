@@ -15,13 +15,14 @@ from qdeploy.calibration.gptq import GPTQ, gptq, output_error, patches
 from torch import Tensor, fx, nn
 
 import qdeploy
-from qdeploy import arith, graph
-from qdeploy.algorithm import Declined, Work, generator, make_step
-from qdeploy.capture import capture
-from qdeploy.errors import OptionError
-from qdeploy.prepared import Prepared
-from qdeploy.quantizer import Quantizer
-from qdeploy.spec import QuantSpec
+from qdeploy.capture.capture import capture
+from qdeploy.core.errors import OptionError
+from qdeploy.core.spec import QuantSpec
+from qdeploy.graph import query
+from qdeploy.numerics import arith
+from qdeploy.numerics.quantizer import Quantizer
+from qdeploy.recipes.step import Declined, Work, generator, make_step
+from qdeploy.simulation.prepared import Prepared
 
 SCHEMES = (
     "int4 per-channel",
@@ -271,7 +272,7 @@ class Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> object:
         if n.op == "call_function":
-            self.entered[graph.tensor_name(n)] = self.map_nodes_to_values(n.args[0], n)  # type: ignore[arg-type]
+            self.entered[query.tensor_name(n)] = self.map_nodes_to_values(n.args[0], n)  # type: ignore[arg-type]
         return super().run_node(n)
 
 
@@ -285,17 +286,17 @@ def test_every_layer_is_rounded_for_the_inputs_that_the_rounded_layers_before_gi
     with torch.no_grad():
         float_run.run(x)
         for node in list(other.module.graph.nodes):
-            if node.op != "call_function" or graph.op_of(node).weight is None:
+            if node.op != "call_function" or query.op_of(node).weight is None:
                 continue
             run = Recorder(other.module)
             run.run(x)
-            tensor = graph.tensor_name(node)
+            tensor = query.tensor_name(node)
             rows, aim = (patches(node, one.entered[tensor], 10**6, generator(0)).double() for one in (run, float_run))
-            call = graph.argument(node, 1)
+            call = query.argument(node, 1)
             assert call is not None
             one = other.module.get_submodule(str(call.target))
             assert isinstance(one, Quantizer)
-            weight = graph.parameter(other.module, str(call.args[1]))
+            weight = query.parameter(other.module, str(call.args[1]))
             new = gptq(weight.flatten(1), one.scale, one.zero_point, one.spec, rows.mT @ rows, drift=(aim - rows).mT @ rows)
             weight.copy_(new.view_as(weight))
     ours, theirs = parameters(made), parameters(other)

@@ -20,12 +20,12 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.modules.conv import _ConvNd
 
 import qdeploy
-from qdeploy import graph
-from qdeploy.capture import Captured, capture
-from qdeploy.cli import main
-from qdeploy.errors import CaptureError, InputError, QDeployError
+from qdeploy.capture.capture import Captured, capture
+from qdeploy.cli.main import main
+from qdeploy.core.errors import CaptureError, InputError, QDeployError
+from qdeploy.core.ops import ACTIVATION, COMPUTE, MAX_POOL
 from qdeploy.files.model import load_model
-from qdeploy.ops import ACTIVATION, COMPUTE, MAX_POOL
+from qdeploy.graph import query
 
 ALL = {*networks.NETWORKS, *onnx_networks.NETWORKS}
 LIKE_OTHERS = ("concat", "mobile", "plain")
@@ -62,14 +62,14 @@ def program(path: Path) -> ExportedProgram:
 
 def kinds(captured: Captured) -> list[str]:
     """The layers, activations and norms of a graph, in order; what is only moved may be spelled in many ways."""
-    found = [graph.op_of(node) for node in captured.module.graph.nodes if node.op == "call_function"]
+    found = [query.op_of(node) for node in captured.module.graph.nodes if node.op == "call_function"]
     return [op.name for op in found if op.name in COMPUTE | ACTIVATION | MAX_POOL or op.name.endswith(("group_norm", "instance_norm"))]
 
 
 def weights(captured: Captured) -> set[str]:
     """The names of the weights of layers."""
-    found = {graph.argument(node, graph.op_of(node).weight) for node in captured.module.graph.nodes if node.op == "call_function"}
-    return {graph.tensor_name(node) for node in found if node is not None and node.op == "get_attr"}
+    found = {query.argument(node, query.op_of(node).weight) for node in captured.module.graph.nodes if node.op == "call_function"}
+    return {query.tensor_name(node) for node in found if node is not None and node.op == "get_attr"}
 
 
 def layers(net: nn.Module) -> set[str]:
@@ -108,7 +108,7 @@ def test_a_network_comes_back_with_its_values_an_open_batch_and_its_layers(name:
 )
 def test_tensors_are_named_after_the_modules_that_the_exporter_noted(name: str, opset: int, wanted: set[str]):
     captured = capture(program(exported(name, opset, dynamo=opset > 17)), None)
-    assert wanted <= {graph.tensor_name(node) for node in captured.module.graph.nodes}
+    assert wanted <= {query.tensor_name(node) for node in captured.module.graph.nodes}
 
 
 OLDER = [

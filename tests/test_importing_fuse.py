@@ -13,9 +13,9 @@ import torch
 from onnx_networks import written
 from torch.export import ExportedProgram
 
-from qdeploy import graph
-from qdeploy.capture import capture
+from qdeploy.capture.capture import capture
 from qdeploy.files.model import load_model
+from qdeploy.graph import query
 
 RANDOM = np.random.default_rng(3)
 
@@ -134,7 +134,7 @@ def ops_and_check(path: Path, body: str) -> list[str]:
     captured = capture(loaded, None)
     (got,) = networks.flat(captured.module(torch.from_numpy(x)))
     np.testing.assert_allclose(got.detach().numpy(), wanted, rtol=1e-4, atol=1e-5)
-    return [graph.op_of(node).name for node in captured.module.graph.nodes if node.op == "call_function"]
+    return [query.op_of(node).name for node in captured.module.graph.nodes if node.op == "call_function"]
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -163,7 +163,7 @@ def test_group_norm_between_two_reshapes_becomes_one_op(tmp_path: Path, sizes: n
     loaded, x = load_model(path), f(2, 6, 4, 4)
     assert isinstance(loaded, ExportedProgram)
     captured = capture(loaded, None)
-    assert [graph.op_of(node).name for node in captured.module.graph.nodes if node.op == "call_function"] == ["group_norm"]
+    assert [query.op_of(node).name for node in captured.module.graph.nodes if node.op == "call_function"] == ["group_norm"]
     (wanted,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})
     np.testing.assert_allclose(networks.flat(captured.module(torch.from_numpy(x)))[0].detach().numpy(), wanted, rtol=1e-4, atol=1e-5)
 
@@ -180,7 +180,7 @@ def test_gemm_with_constants_becomes_linear_with_its_factors_in_the_weights(
     captured = capture(loaded, None)
     (node,) = captured.module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
     assert [made.op for made in node.args] == ["placeholder", "get_attr", "get_attr"]
-    assert list(graph.parameter(captured.module, str(node.args[1].target)).shape) == [5, 4]
+    assert list(query.parameter(captured.module, str(node.args[1].target)).shape) == [5, 4]
     (wanted,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})
     np.testing.assert_allclose(networks.flat(captured.module(torch.from_numpy(x)))[0].detach().numpy(), wanted, rtol=1e-4, atol=1e-5)
 
@@ -190,6 +190,6 @@ def test_slopes_of_channels_are_those_of_torch(tmp_path: Path):
     loaded = load_model(path)
     assert isinstance(loaded, ExportedProgram)
     captured = capture(loaded, None)
-    assert [graph.op_of(node).name for node in captured.module.graph.nodes if node.op == "call_function"] == ["prelu"]
+    assert [query.op_of(node).name for node in captured.module.graph.nodes if node.op == "call_function"] == ["prelu"]
     slope = onnx.numpy_helper.to_array(onnx.load(path).graph.initializer[0])
-    np.testing.assert_array_equal(graph.parameter(captured.module, "slope").detach().numpy(), slope.ravel())
+    np.testing.assert_array_equal(query.parameter(captured.module, "slope").detach().numpy(), slope.ravel())

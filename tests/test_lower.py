@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qdeploy
-from qdeploy import arith, emit
-from qdeploy.artifact import SIMULATION, Artifact
-from qdeploy.backend import Backend, Format, Fusion, OpRule
-from qdeploy.functions import DOMAIN, add_functions
-from qdeploy.lower import Lowering, fills_type, onnx_type
-from qdeploy.ops import COMPUTE, EVERY, MAX_POOL, MEAN_POOL, MOVE
-from qdeploy.prepared import Prepared
-from qdeploy.spec import Encoding, QuantSpec
+from qdeploy.core.backend import Backend, Format, Fusion, OpRule
+from qdeploy.core.ops import COMPUTE, EVERY, MAX_POOL, MEAN_POOL, MOVE
+from qdeploy.core.spec import Encoding, QuantSpec
+from qdeploy.export import emit
+from qdeploy.export.artifact import SIMULATION, Artifact
+from qdeploy.export.lower import Lowering, fills_type, onnx_type
+from qdeploy.export.onnx_functions import DOMAIN, add_functions
+from qdeploy.numerics import arith
+from qdeploy.simulation.prepared import Prepared
 
 parse = QuantSpec.parse
 SKIPS = (OpRule(ops=COMPUTE | MEAN_POOL | frozenset({"add", "mul"}), inputs=True), OpRule(ops=MOVE | MAX_POOL, share=True))

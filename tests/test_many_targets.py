@@ -19,16 +19,19 @@ import torch
 from torch import Tensor, nn
 
 import qdeploy
-from qdeploy import api, cli, emit, onepass
-from qdeploy.artifact import MANIFEST, Artifact
-from qdeploy.backend import Backend, backends
-from qdeploy.errors import InputError, OptionError, QDeployError
-from qdeploy.insert import observed
-from qdeploy.observer import Observer, make_observer
-from qdeploy.prepared import Prepared
-from qdeploy.spec import QuantSpec
-from qdeploy.targets import find_backends, with_schemes
-from qdeploy.watch import watched
+from qdeploy import api
+from qdeploy.cli.main import main
+from qdeploy.core.backend import Backend, backends
+from qdeploy.core.errors import InputError, OptionError, QDeployError
+from qdeploy.core.spec import QuantSpec
+from qdeploy.core.targets import find_backends, with_schemes
+from qdeploy.export import emit
+from qdeploy.export.artifact import MANIFEST, Artifact
+from qdeploy.graph.observe import insert_observers
+from qdeploy.numerics.observer import Observer, make_observer
+from qdeploy.recipes import calibration_pass
+from qdeploy.simulation.insert import observed_tensors
+from qdeploy.simulation.prepared import Prepared
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 MODEL, CALIBRATION = str(SAMPLES / "digits.pt2"), str(SAMPLES / "digits_calibration.npz")
@@ -84,11 +87,11 @@ def test_model_and_data_are_passed_once_for_all_targets(tmp_path: Path, monkeypa
 
     count(torch.onnx, "export")
     count(api, "capture")
-    count(onepass, "watched")
+    count(calibration_pass, "insert_observers")
     data = Counted(networks.batches("plain"))
     names = ["snpe", "tensorrt", "vitis", "nnie"]
     artifacts = qdeploy.quantize(networks.network("plain"), data, names, tmp_path / "out", recipe="fast", seed=5)
-    assert calls == {"export": 1, "capture": 1, "watched": 1} and data.given == 4
+    assert calls == {"export": 1, "capture": 1, "insert_observers": 1} and data.given == 4
     assert isinstance(artifacts, tuple) and [a.manifest["backend"] for a in artifacts] == names
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -143,7 +146,7 @@ def test_a_list_of_targets_that_is_wrong_is_an_error(given: object, words: str) 
 def test_names_and_values_and_files_make_a_list(tmp_path: Path) -> None:
     own = tmp_path / "npu.py"
     own.write_text(
-        "from dataclasses import replace\nfrom qdeploy.backend import backends, register\n"
+        "from dataclasses import replace\nfrom qdeploy.core.backend import backends, register\n"
         "MINE = register(replace(backends['tvm'], name='mine'))\n"
     )
     assert [b.name for b in find_backends(f" snpe ,{own},tvm")] == ["snpe", "mine", "tvm"]
@@ -224,7 +227,7 @@ def test_every_observer_sees_its_tensor_once_a_batch_and_nothing_is_changed() ->
     captured = prepared.captured.module
     nodes = len(captured.graph.nodes)
     whole, channels = Kept(QuantSpec.parse("uint8")), Kept(replace(QuantSpec.parse("int8 per-channel"), axis=1))
-    watching = watched(captured, {"relu": [whole, channels], "x": [whole]})
+    watching = insert_observers(captured, {"relu": [whole, channels], "x": [whole]})
     for (x,) in networks.batches("plain", count=2):
         assert torch.equal(watching(x), captured(x))
     assert len(captured.graph.nodes) == nodes
@@ -238,7 +241,7 @@ def test_targets_with_the_same_statistics_share_an_observer_and_others_do_not() 
     one, same, other = api.prepare_all(model, data[0], ("snpe", "onnxruntime", "openvino"), recipe="fast")
     assert one.observers["relu"] is same.observers["relu"] is other.observers["relu"]
     assert len({id(o) for p in (one, same) for o in p.observers.values()}) == len(one.observers)
-    grouped = observed(one.plan)
+    grouped = observed_tensors(one.plan)
     assert grouped["relu"] == ("relu",)
     mse, least = api.prepare_all(model, data[0], ("onnxruntime", "nnie"), recipe="plain")
     assert type(mse.observers["relu"]) is not type(least.observers["relu"]), "log codes are never clipped, so theirs is min-max"
@@ -354,7 +357,7 @@ def run(*arguments: object) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["qdeploy", *map(str, arguments)])
         try:
-            cli.main()
+            main.main()
         except SystemExit as end:
             return int(end.code or 0)
     return 0
@@ -401,7 +404,7 @@ def test_the_command_line_refuses_a_wrong_list_before_it_begins(names: str, tmp_
 def test_the_command_line_takes_schemes(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     own = tmp_path / "npu.py"
     own.write_text(
-        "from dataclasses import replace\nfrom qdeploy.backend import backends, register\n"
+        "from dataclasses import replace\nfrom qdeploy.core.backend import backends, register\n"
         "MINE = register(replace(backends['onnxruntime'], name='mine', any_scheme=True))\n"
     )
     given = ["--backend", own, "--weight-scheme", "int5 per-channel", "--activation-scheme", "int9", "--json"]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from qdeploy.backend import Backend, Emitted, Geometry, Node, backends
-from qdeploy.spec import Encoding, QuantSpec, Role
+from qdeploy.core.backend import Backend, Emitted, Geometry, Node, backends
+from qdeploy.core.spec import Encoding, QuantSpec, Role
 
 PPL_CUDA, PPL_W8A16, NCNN, MNN, RKNN, CEVA, ACADEMIC = (
     backends[name] for name in ("ppl_cuda", "ppl_w8a16", "ncnn", "mnn", "rknn", "ceva", "academic")

@@ -12,10 +12,10 @@ from qdeploy.calibration import pot_mode
 from qdeploy.calibration.aciq import laplace_ratio, normal_ratio
 from torch import Tensor
 
-from qdeploy.arith import choose_scale, fake_quantize
-from qdeploy.errors import OptionError
-from qdeploy.observer import make_observer
-from qdeploy.spec import QuantSpec
+from qdeploy.core.errors import OptionError
+from qdeploy.core.spec import QuantSpec
+from qdeploy.numerics.arith import choose_scale, fake_quantize
+from qdeploy.numerics.observer import make_observer
 
 BATCHES = 5
 

@@ -15,11 +15,11 @@ from hypothesis.extra import numpy as hnp
 from scipy.optimize import brentq
 from scipy.special import erf
 
-from qdeploy.arith import choose_scale, fake_quantize
-from qdeploy.errors import OptionError
-from qdeploy.histogram import BINS, LIMIT, RUN, Histogram
-from qdeploy.observer import Observer, make_observer, observers
-from qdeploy.spec import QuantSpec
+from qdeploy.core.errors import OptionError
+from qdeploy.core.spec import QuantSpec
+from qdeploy.numerics.arith import choose_scale, fake_quantize
+from qdeploy.numerics.histogram import BINS, LIMIT, RUN, Histogram
+from qdeploy.numerics.observer import Observer, make_observer, observers
 
 NAMES = observers.names()
 POWERS_ONLY = ("pot_floor", "pot_mode")
@@ -494,7 +494,7 @@ def test_histogram_is_bounded() -> None:
 
 def test_large_batches_are_thinned_evenly() -> None:
     """No column of an image is left out, whatever its width, and the extremes are exact."""
-    from qdeploy.histogram import _thinned
+    from qdeploy.numerics.histogram import _thinned
 
     for width in (7, 14, 56, 64, 224, 384, 512):
         columns = torch.arange(width).repeat((8 * LIMIT) // width + 1).unsqueeze(0)

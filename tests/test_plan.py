@@ -15,15 +15,17 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import qdeploy
-from qdeploy import api, arith, graph
-from qdeploy.backend import Backend, Geometry, OpRule, backends
-from qdeploy.capture import capture
-from qdeploy.errors import InputError, OptionError
-from qdeploy.fold import untie_biases
-from qdeploy.ops import CONVOLUTION, EVERY
-from qdeploy.plan import Plan, TensorPlan, Widths, make_plan
-from qdeploy.quantizer import Quantizer
-from qdeploy.spec import QuantSpec
+from qdeploy import api
+from qdeploy.capture.capture import capture
+from qdeploy.capture.fold import untie_biases
+from qdeploy.core.backend import Backend, Geometry, OpRule, backends
+from qdeploy.core.errors import InputError, OptionError
+from qdeploy.core.ops import CONVOLUTION, EVERY
+from qdeploy.core.spec import QuantSpec
+from qdeploy.graph import query
+from qdeploy.numerics import arith
+from qdeploy.numerics.quantizer import Quantizer
+from qdeploy.simulation.plan import Plan, TensorPlan, Widths, make_plan
 
 NAMES = backends.names()
 
@@ -112,7 +114,7 @@ def by_role(plan: Plan, role: str) -> list[TensorPlan]:
 @pytest.mark.parametrize("backend", NAMES)
 def test_every_float_tensor_has_one_decision_and_a_reason(model: str, backend: str):
     plan, decisions, module = planned(model, backend)
-    floats = [graph.tensor_name(n) for n in module.graph.nodes if n.op != "output" and graph.is_float(n)]
+    floats = [query.tensor_name(n) for n in module.graph.nodes if n.op != "output" and query.is_float(n)]
     assert sorted(decisions) == sorted(floats) and len(decisions) == len(plan.tensors)
     assert all(tensor.reason for tensor in plan.tensors)
     for tensor in plan.quantized:
@@ -269,9 +271,9 @@ def test_a_plan_is_tie_free_exactly_where_no_float_is_passed_on(model: str, back
         return
     passed = False
     for node in module.graph.nodes:
-        decision = decisions.get(graph.tensor_name(node))
+        decision = decisions.get(query.tensor_name(node))
         if node.op in ("placeholder", "call_function") and decision is not None and not decision.reason.startswith("fused: "):
-            readers = {graph.reader_name(user) for user in node.users if user.op == "call_function" and graph.is_float(user)}
+            readers = {query.reader_name(user) for user in node.users if user.op == "call_function" and query.is_float(user)}
             passed |= not readers <= set(decision.readers)
     assert plan.tie_free == (not passed)
 
@@ -344,8 +346,8 @@ def test_the_output_stays_float_where_the_target_says_so(backend: str, model: st
 @pytest.mark.parametrize("backend", FLOAT_OUTPUT)
 def test_a_tensor_called_output_is_not_taken_for_the_models_output(backend: str):
     prepared = qdeploy.prepare(MODELS["output"](), example("output"), backend=backend, recipe="fast")
-    inner, returned = graph.outputs(prepared.module.graph)
-    assert graph.tensor_name(returned) == "sigmoid" and graph.tensor_name(inner) == "output"
+    inner, returned = query.outputs(prepared.module.graph)
+    assert query.tensor_name(returned) == "sigmoid" and query.tensor_name(inner) == "output"
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -354,9 +356,9 @@ def test_weights_and_biases_have_what_the_target_says(model: str, backend: str):
     plan, decisions, module = planned(model, backend)
     target = backends[backend]
     axes = {"conv2d": 0, "linear": 0, "conv_transpose2d": 1}
-    layers = {graph.tensor_name(p): user for p in module.graph.find_nodes(op="get_attr") for user in p.users}
+    layers = {query.tensor_name(p): user for p in module.graph.find_nodes(op="get_attr") for user in p.users}
     for tensor in by_role(plan, "weight"):
-        rule = target.rule(tensor.op, graph.geometry(layers[tensor.tensor]))
+        rule = target.rule(tensor.op, query.geometry(layers[tensor.tensor]))
         assert (tensor.spec is not None) == (rule is not None and rule.inputs)
         if rule is not None and tensor.spec is not None:
             spec = rule.weight or target.weight
@@ -364,7 +366,7 @@ def test_weights_and_biases_have_what_the_target_says(model: str, backend: str):
             assert tensor.spec == replace(spec, axis=None if spec.axis is None else axes[tensor.op], bits=tensor.spec.bits)
             assert tensor.spec.bits in (spec.bits, bits)
     for tensor in by_role(plan, "bias"):
-        weight = decisions[graph.tensor_name(layers[tensor.tensor].args[1])].spec
+        weight = decisions[query.tensor_name(layers[tensor.tensor].args[1])].spec
         if weight is None:
             assert tensor.spec is None
         elif isinstance(target.bias, QuantSpec):
@@ -381,7 +383,7 @@ def test_weights_and_biases_have_what_the_target_says(model: str, backend: str):
 @pytest.mark.parametrize("backend", NAMES)
 def test_integers_are_not_quantized(backend: str):
     _, decisions, module = planned("embedding", backend)
-    assert graph.tensor_name(module.graph.find_nodes(op="placeholder")[0]) not in decisions
+    assert query.tensor_name(module.graph.find_nodes(op="placeholder")[0]) not in decisions
     assert decisions["1.weight"].role == "weight"
     assert (decisions["0"].spec is not None) == (reads(backends[backend], "linear") or reads(backends[backend], "embedding"))
     assert decisions["0.weight"].role == "constant"

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from toy import toy
 
-from qdeploy.backend import Emitted, Geometry, Node, backends
-from qdeploy.spec import Encoding, Grid, QuantSpec, Role
+from qdeploy.core.backend import Emitted, Geometry, Node, backends
+from qdeploy.core.spec import Encoding, Grid, QuantSpec, Role
 
 UINT8 = QuantSpec(signed=False, symmetric=False)
 UINT16 = QuantSpec(bits=16, signed=False, symmetric=False)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import qdeploy
-from qdeploy import arith
-from qdeploy.backend import backends
-from qdeploy.errors import InputError
-from qdeploy.prepared import Prepared
-from qdeploy.quantizer import Quantizer
-from qdeploy.spec import QuantSpec
+from qdeploy.core.backend import backends
+from qdeploy.core.errors import InputError
+from qdeploy.core.spec import QuantSpec
+from qdeploy.numerics import arith
+from qdeploy.numerics.quantizer import Quantizer
+from qdeploy.simulation.prepared import Prepared
 
 UINT8 = QuantSpec(signed=False, symmetric=False)
 NARROW = QuantSpec(signed=True, symmetric=True, narrow=True)

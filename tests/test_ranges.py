@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qdeploy
-from qdeploy import arith, graph
-from qdeploy.algorithm import Declined, Work, make_step
-from qdeploy.errors import OptionError
-from qdeploy.prepared import Prepared
-from qdeploy.quantizer import Quantizer
-from qdeploy.recipe import Recipe, StepChoice
+from qdeploy.core.errors import OptionError
+from qdeploy.core.recipe import Recipe, StepChoice
+from qdeploy.graph import query
+from qdeploy.numerics import arith
+from qdeploy.numerics.quantizer import Quantizer
+from qdeploy.recipes.step import Declined, Work, make_step
+from qdeploy.simulation.prepared import Prepared
 
 RECIPE = Recipe(name="ranges", by_grid=True, steps=(StepChoice(step="ranges"),))
 
@@ -59,14 +60,14 @@ def test_gains_are_squared_slopes_of_the_output():
     net, x = small(), images()
     module = qdeploy.prepare(net, x[:4], "snpe", recipe="plain").floating
     found = gains(module, [(x,)], seed=0)
-    (relu,) = [gain for node, gain in found.items() if node.op == "call_function" and graph.op_of(node).name == "relu"]
+    (relu,) = [gain for node, gain in found.items() if node.op == "call_function" and query.op_of(node).name == "relu"]
     assert torch.allclose(relu * net(x).square().sum(), slopes(net, x), rtol=1e-4)
 
 
 def test_gains_of_several_outputs_are_the_mean_square_of_their_slopes():
     net, x = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).eval(), torch.randn((4096, 6))
     found = gains(qdeploy.prepare(net, x[:4], "snpe", recipe="plain").floating, [(x,)], seed=1)
-    (tanh,) = [gain for node, gain in found.items() if node.op == "call_function" and graph.op_of(node).name == "tanh"]
+    (tanh,) = [gain for node, gain in found.items() if node.op == "call_function" and query.op_of(node).name == "tanh"]
     assert torch.allclose(tanh * net(x).square().sum(), net[2].weight.square().sum(0, keepdim=True), rtol=0.15)
 
 
@@ -160,7 +161,7 @@ def test_weights_that_are_rounded_already_keep_their_scales(monkeypatch: pytest.
     one = work.prepared
     with torch.no_grad():
         for weight, quantizer in of(one, "weight").items():
-            parameter = graph.parameter(one.module, weight)
+            parameter = query.parameter(one.module, weight)
             parameter.copy_(arith.fake_quantize(parameter, quantizer.scale, quantizer.zero_point, quantizer.spec))
     before = numbers(one)
     assert "weight" not in Ranges().run(work)
@@ -183,7 +184,7 @@ def test_every_network_runs_and_is_settled_again(name: str, backend: str):
     (entry,) = one.log
     assert entry["decision"] in ("kept", "undone") and "ranges" in entry["reason"]
     before = {tensor: quantizer.scale.clone() for tensor, quantizer in one.quantizers.items()}
-    Work(one, []).settle()
+    Work(one, []).make_consistent()
     assert all(torch.equal(quantizer.scale, before[tensor]) for tensor, quantizer in one.quantizers.items())
 
 

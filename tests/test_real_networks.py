@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import qdeploy
-from qdeploy.backend import backends
-from qdeploy.prepared import Prepared
-from qdeploy.runtimes import runtimes
+from qdeploy.core.backend import backends
+from qdeploy.runtimes.runtime import runtimes
+from qdeploy.simulation.prepared import Prepared
 
 ZOO = Path(__file__).resolve().parent.parent.parent / "shared" / "models" / "zoo.py"
 IMAGES = {"resnet20": 1000, "mobilenetv2": 400}

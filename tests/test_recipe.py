@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from qdeploy.cookbook import RECIPES, find_recipe, recipe_names
-from qdeploy.errors import InputError, OptionError
-from qdeploy.observer import observers
-from qdeploy.recipe import Choice, Recipe
+from qdeploy.core.errors import InputError, OptionError
+from qdeploy.core.recipe import Choice, Recipe
+from qdeploy.numerics.observer import observers
+from qdeploy.recipes.presets import RECIPES, find_recipe, recipe_names
 
 
 def written(tmp_path: Path, text: str) -> str:

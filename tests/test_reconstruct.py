@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from qdeploy import arith
-from qdeploy.quantizer import Quantizer
-from qdeploy.reconstruct import Settings, apply, reconstruct
-from qdeploy.rounding import Chance, Rounding, step_quantize
-from qdeploy.spec import QuantSpec, Role
+from qdeploy.core.spec import QuantSpec, Role
+from qdeploy.numerics import arith
+from qdeploy.numerics.learned_rounding import LearnedRounding, RandomDrop, step_quantize
+from qdeploy.numerics.quantizer import Quantizer
+from qdeploy.recipes.reconstruct import Settings, apply, reconstruct
 
 QUICK = Settings(iterations=120, batch=16, rounding_rate=2e-2)
 WEIGHTS = ["int3", "int3 per-channel", "uint3 per-channel", "int4 power-of-two narrow", "int3 half-away", "uint2"]
@@ -97,7 +97,7 @@ def test_soft_weights_start_as_the_weights_inside_the_range_and_at_its_ends_outs
     low, high = (arith.along_axis(limit, spec.axis, 4) for limit in (low, high))
     wanted = torch.minimum(torch.maximum(w, low), high)
     assert not torch.equal(wanted, w)
-    (soft,) = Rounding([w], [(made.scale, made.zero_point, spec)]).soft
+    (soft,) = LearnedRounding([w], [(made.scale, made.zero_point, spec)]).soft
     torch.testing.assert_close(soft.detach(), wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -132,7 +132,7 @@ def test_reconstruction_beats_rounding_to_nearest_by_far(keep: float, activation
     run(
         unit,
         Settings(iterations=200, batch=16, rounding_rate=2e-2, regularizer=2e-3, keep=keep),
-        watch=lambda _, loss: losses.append(loss),
+        progress=lambda _, loss: losses.append(loss),
     )
     assert error(unit, x, target) < 0.7 * before
     assert len(losses) == 4 and max(losses) < before
@@ -231,7 +231,7 @@ def test_a_step_has_the_gradients_of_the_slow_formula_inside_and_outside(words: 
     results = []
     for function in (step_quantize, slow):
         leaf, t = x.clone().requires_grad_(), torch.zeros((), requires_grad=True)
-        chance = Chance(keep, torch.Generator().manual_seed(0))
+        chance = RandomDrop(keep, torch.Generator().manual_seed(0))
         if function is slow:
             base = torch.zeros_like(leaf).contiguous() if layout == "neither" else torch.zeros_like(leaf)
             mask = chance.mix(base, torch.ones_like(base))
@@ -249,7 +249,7 @@ def test_a_step_has_the_gradients_of_the_slow_formula_inside_and_outside(words: 
 def test_with_keep_1_all_is_quantized_and_the_float_inputs_do_not_matter():
     x = normal(3, 7, 5, 5)
     made = quantizer(QuantSpec.parse("uint4"), "activation", x)
-    chance = Chance(1.0, torch.Generator().manual_seed(0))
+    chance = RandomDrop(1.0, torch.Generator().manual_seed(0))
     values = step_quantize(x, torch.zeros(()), made.scale[0], int(made.zero_point), made.spec, chance)
     assert torch.equal(values, arith.fake_quantize(x, made.scale, made.zero_point, made.spec))
     units = [block(), block()]
@@ -263,7 +263,7 @@ def test_with_keep_1_all_is_quantized_and_the_float_inputs_do_not_matter():
 def test_rounding_has_the_gradients_of_the_slow_formula(words: str):
     spec, w, upstream = QuantSpec.parse(words), normal(5, 4, 3, 3), normal(5, 4, 3, 3, seed=1)
     made = quantizer(spec, "weight", w)
-    rounding = Rounding([w], [(made.scale, made.zero_point, spec)])
+    rounding = LearnedRounding([w], [(made.scale, made.zero_point, spec)])
     generator = torch.Generator().manual_seed(1)
     rounding.logits += torch.randn(rounding.logits.shape, generator=generator)
     rounding.log_steps += 0.1

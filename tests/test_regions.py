@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from qdeploy import graph
-from qdeploy.capture import capture
-from qdeploy.regions import Region, blocks, layers
+from qdeploy.capture.capture import capture
+from qdeploy.graph import query
+from qdeploy.graph.regions import Region, blocks, layers
 
 
 def conv(cin: int, cout: int, kernel: int = 3, **options: int) -> nn.Conv2d:
@@ -174,13 +174,13 @@ def captured(name: str) -> fx.GraphModule:
 def weights(regions: Sequence[Region]) -> str:
     """The layers of every region, by the names of their weights."""
     return " | ".join(
-        " ".join(str(node.args[1]).removesuffix("_weight") for node in region.nodes if graph.op_of(node).weight is not None)
+        " ".join(str(node.args[1]).removesuffix("_weight") for node in region.nodes if query.op_of(node).weight is not None)
         for region in regions
     )
 
 
 def ops(regions: Sequence[Region]) -> list[list[str]]:
-    return [[graph.op_of(node).name for node in region.nodes] for region in regions]
+    return [[query.op_of(node).name for node in region.nodes] for region in regions]
 
 
 BLOCKS = {
@@ -218,7 +218,7 @@ def test_every_op_is_in_one_region_in_graph_order(name: str, partition: Callable
     module = captured(name)
     regions = partition(module)
     assert [node for region in regions for node in region.nodes] == [n for n in module.graph.nodes if n.op == "call_function"]
-    assert [region.name for region in regions] == [graph.tensor_name(region.nodes[-1]) for region in regions]
+    assert [region.name for region in regions] == [query.tensor_name(region.nodes[-1]) for region in regions]
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "nothing"])

@@ -13,8 +13,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from qdeploy.errors import ArtifactError, NotInstalledError
-from qdeploy.runtimes import Runtime, quiet, runtimes
+from qdeploy.core.errors import ArtifactError, NotInstalledError
+from qdeploy.runtimes.runtime import Runtime, quiet, runtimes
 
 FLOAT_READERS = ("mnn", "ncnn")
 """They read a float model and a scale file of their own: see test_runtimes_mobile.py."""

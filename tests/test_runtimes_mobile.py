@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch.nn import functional
 
-from qdeploy.errors import ArtifactError, NotInstalledError
-from qdeploy.runtimes import Runtime, runtimes
-from qdeploy.runtimes import ncnn as ncnn_runtime
+from qdeploy.core.errors import ArtifactError, NotInstalledError
+from qdeploy.runtimes.runtime import Runtime, runtimes
+from qdeploy.runtimes.runtime import ncnn as ncnn_runtime
 
 Array = NDArray[Any]
 SHAPE = (3, 9, 7)  # odd, so that rows and channels of a packed layout do not end on whole vectors

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qdeploy
-from qdeploy import decompose, fold, graph
-from qdeploy.capture import capture
-from qdeploy.observer import MARGIN, MASK, unmasked
+from qdeploy.capture import decompose, fold
+from qdeploy.capture.capture import capture
+from qdeploy.graph import query
+from qdeploy.numerics.observer import MARGIN, MASK, unmasked
 
 TARGETS = ("snpe", "tensorrt", "openvino", "vitis", "onnxruntime")
 
@@ -109,10 +110,10 @@ def test_a_quantized_softmax_is_checked_without_the_approximate_kernel_of_onnxru
 def test_causal_attention_is_quantized_in_all_its_products() -> None:
     net, data = Attention(causal=True).eval(), sentences()
     one = qdeploy.calibrate(qdeploy.prepare(net, data[0], "snpe", recipe="plain"), data)
-    names = [graph.op_of(node).name for node in one.captured.module.graph.nodes if node.op == "call_function"]
+    names = [query.op_of(node).name for node in one.captured.module.graph.nodes if node.op == "call_function"]
     assert names.count("matmul") == 2 and "scaled_dot_product_attention" not in names
     quantized = {planned.tensor for planned in one.plan.quantized}
-    floats = {graph.tensor_name(n) for n in one.captured.module.graph.nodes if n.op == "call_function" and graph.is_float(n)}
+    floats = {query.tensor_name(n) for n in one.captured.module.graph.nodes if n.op == "call_function" and query.is_float(n)}
     assert floats <= quantized, "every tensor has an encoding"
 
 
@@ -160,7 +161,7 @@ class Shifted(nn.Module):
 
 def test_what_follows_from_shapes_alone_is_a_constant() -> None:
     captured = capture(Shifted().eval(), torch.randn(2, 6, 8)).module
-    made = [graph.op_of(node).name for node in captured.graph.nodes if node.op == "call_function"]
+    made = [query.op_of(node).name for node in captured.graph.nodes if node.op == "call_function"]
     assert sorted(made) == ["add", "linear", "matmul", "mul", "softmax", "transpose"]
 
 
@@ -187,7 +188,7 @@ class Spread(nn.Module):
 def test_what_spreads_by_itself_needs_no_tensor_for_it(backend: str, tmp_path: Path) -> None:
     net, x = Spread().eval(), torch.randn(8, 3, 6, 6)
     captured = capture(net, x).module
-    assert [graph.op_of(node).name for node in captured.graph.nodes].count("expand") == 1  # that of two small ones
+    assert [query.op_of(node).name for node in captured.graph.nodes].count("expand") == 1  # that of two small ones
     assert all(torch.allclose(made, wanted, atol=1e-6) for made, wanted in zip(captured(x), net(x), strict=True))
     assert qdeploy.quantize(net, [x], backend, tmp_path / "out", recipe="plain").manifest["verify"]["passed"]
 
@@ -262,7 +263,7 @@ def test_batch_norms_without_a_layer_before_them_become_ops_that_targets_compute
     module = capture(net, x).module
     fold.fold_batch_norms(module)
     fold.plain_batch_norms(module)
-    found = [graph.op_of(node).name for node in module.graph.nodes if node.op == "call_function"]
+    found = [query.op_of(node).name for node in module.graph.nodes if node.op == "call_function"]
     assert "batch_norm" not in found and {name: found.count(name) for name in wanted} == wanted
     assert torch.allclose(module(x), net(x), rtol=1e-9, atol=1e-9)
 
@@ -286,7 +287,7 @@ COUNTS = {
 def test_multiply_accumulates_are_counted_for_one_sample(name: str) -> None:
     layer, shape, wanted = COUNTS[name]
     module = capture(layer.eval(), torch.randn(2, *shape)).module
-    assert [graph.macs(node) for node in module.graph.nodes if node.op == "call_function"] == [wanted]
+    assert [query.macs(node) for node in module.graph.nodes if node.op == "call_function"] == [wanted]
 
 
 def test_the_share_of_quantized_work_is_by_multiply_accumulates() -> None:
@@ -500,4 +501,4 @@ def test_an_average_is_over_a_fixed_number_of_elements_of_the_sides_or_no_poolin
             return compute(x)
 
     *_, last = (node for node in capture(Net(), torch.randn(2, 5, 6, 4)).module.graph.nodes if node.op == "call_function")
-    assert graph.pooled(last) == kernel
+    assert query.pooled(last) == kernel

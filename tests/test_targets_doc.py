@@ -10,7 +10,7 @@ import networks
 import pytest
 
 import qdeploy
-from qdeploy.backend import backends
+from qdeploy.core.backend import backends
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))

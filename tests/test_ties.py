@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qdeploy
-from qdeploy.backend import OpRule, backends
-from qdeploy.ops import EVERY, MOVE, POOL
-from qdeploy.prepared import Prepared
-from qdeploy.quantizer import Quantizer
-from qdeploy.spec import QuantSpec
-from qdeploy.ties import _LARGEST, SHORT, WIDEN, _shorten, _sum_scale, tie_free
+from qdeploy.core.backend import OpRule, backends
+from qdeploy.core.ops import EVERY, MOVE, POOL
+from qdeploy.core.spec import QuantSpec
+from qdeploy.numerics.quantizer import Quantizer
+from qdeploy.simulation.prepared import Prepared
+from qdeploy.simulation.rounding_ties import _LARGEST, SHORT, WIDEN, _shorten, _sum_scale, tie_free
 
 HALF = Fraction(1, 2)
 INTEGER = [b.name for b in backends if b.bias == "int32" and b.activation.grid == b.weight.grid == "uniform" and b.activation.bits <= 8]
@@ -94,7 +94,7 @@ def trained(seed: int, scale: float = 1.0, ties: bool = False) -> dict[str, Prep
     x = normal(4, 3, 8, 8, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
         if ties:
-            patch.setattr("qdeploy.insert.avoid_ties", lambda *_: 0)
+            patch.setattr("qdeploy.simulation.insert.avoid_ties", lambda *_: 0)
         return networks.several(model, [(x,)], INTEGER, recipe="fast")
 
 
@@ -135,7 +135,7 @@ class Twice(nn.Module):
 def test_a_weight_that_two_layers_share_grows_once_and_suits_the_first(monkeypatch: pytest.MonkeyPatch):
     x = normal(4, 3, 8, 8)
     widened = qdeploy.calibrate(qdeploy.prepare(Twice(), x, backend="tvm", recipe="fast"), [x]).quantizers
-    monkeypatch.setattr("qdeploy.insert.avoid_ties", lambda *_: 0)
+    monkeypatch.setattr("qdeploy.simulation.insert.avoid_ties", lambda *_: 0)
     plain = qdeploy.calibrate(qdeploy.prepare(Twice(), x, backend="tvm", recipe="fast"), [x]).quantizers
     assert (widened["conv.weight"].scale <= plain["conv.weight"].scale * (1 + WIDEN + 2**-22)).all()
     source, output = (exact(widened[name].scale) for name in ("x", "conv"))

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 import qdeploy
-from qdeploy import algorithm, api, graph, tuning
-from qdeploy.algorithm import Declined, Step, Work
-from qdeploy.errors import InputError
-from qdeploy.onepass import HELD, SHARE, Kept
-from qdeploy.prepared import Prepared
-from qdeploy.recipe import Recipe, StepChoice
+from qdeploy import api
+from qdeploy.core.errors import InputError
+from qdeploy.core.recipe import Recipe, StepChoice
+from qdeploy.graph import query
+from qdeploy.recipes import step, step_runner
+from qdeploy.recipes.calibration_pass import HELD, SHARE, KeptSamples
+from qdeploy.recipes.step import Declined, Step, Work
+from qdeploy.simulation.prepared import Prepared
 
 
 class Scaled(Step):
@@ -31,7 +33,7 @@ class Scaled(Step):
     def run(self, work: Work) -> str:
         path = next(t.tensor for t in work.prepared.plan.quantized if t.role == "weight")
         with torch.no_grad():
-            graph.parameter(work.prepared.module, path).mul_(self.factor)
+            query.parameter(work.prepared.module, path).mul_(self.factor)
         return "scaled"
 
 
@@ -43,7 +45,7 @@ class Shaped(Scaled):
     def run(self, work: Work) -> str:
         path = next(t.tensor for t in work.prepared.plan.quantized if t.role == "weight")
         with torch.no_grad():
-            graph.parameter(work.float_module, path).mul_(self.factor)
+            query.parameter(work.float_module, path).mul_(self.factor)
         return "scaled"
 
 
@@ -77,9 +79,9 @@ class Counted(Step):
 
 @pytest.fixture(autouse=True)
 def _steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    algorithm.steps.names()
+    step.steps.names()
     for name, cls in {"scaled": Scaled, "shaped": Shaped, "unwilling": Unwilling, "counted": Counted}.items():
-        monkeypatch.setitem(algorithm.steps._values, name, cls)
+        monkeypatch.setitem(step.steps._values, name, cls)
     Counted.computed, Counted.fail = [], False
 
 
@@ -148,7 +150,7 @@ def test_the_manifest_lists_every_step(tmp_path: Path):
 
 
 def test_held_samples_are_no_samples_of_the_steps():
-    kept = Kept(need=100, dynamic=True)
+    kept = KeptSamples(need=100, dynamic=True)
     rows = torch.arange(320.0).view(5, 64, 1)
     for batch in rows:
         kept.add((batch,), batch.flatten())
@@ -160,7 +162,7 @@ def test_held_samples_are_no_samples_of_the_steps():
 
 
 def test_what_is_held_back_does_not_grow_with_the_data():
-    kept = Kept(need=10, dynamic=True)
+    kept = KeptSamples(need=10, dynamic=True)
     for _ in range(100):
         kept.add((torch.zeros(64, 1),), None)
     assert kept.counts == {"steps": 10, "held": HELD}
@@ -168,7 +170,7 @@ def test_what_is_held_back_does_not_grow_with_the_data():
 
 @pytest.mark.parametrize("batches", [1, 3, 20])
 def test_of_batches_of_a_fixed_size_whole_ones_are_held_back(batches: int):
-    kept = Kept(need=6, dynamic=False)
+    kept = KeptSamples(need=6, dynamic=False)
     for number in range(batches):
         kept.add((torch.full((2, 1), float(number)),), None)
     (used,), (held,) = kept.samples(), kept.held()
@@ -176,13 +178,13 @@ def test_of_batches_of_a_fixed_size_whole_ones_are_held_back(batches: int):
 
 
 def test_a_batch_of_a_fixed_size_is_kept_even_where_fewer_samples_are_needed():
-    kept = Kept(need=3, dynamic=False)
+    kept = KeptSamples(need=3, dynamic=False)
     kept.add((torch.zeros(8, 1),), None)
     assert len(kept.samples()[0]) == 8
 
 
 def test_without_steps_no_sample_is_kept():
-    kept = Kept(need=0, dynamic=True)
+    kept = KeptSamples(need=0, dynamic=True)
     kept.add((torch.zeros(64, 1),), None)
     assert kept.counts == {"steps": 0, "held": 0}
 
@@ -243,9 +245,9 @@ def test_targets_for_which_the_same_steps_helped_share_one_float_graph():
 
 def test_the_judge_measures_signal_over_noise():
     wanted = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    assert tuning._sqnr(wanted, wanted.float()) == tuning.EXACT
-    assert tuning._sqnr(wanted, torch.tensor([3.0, 4.5])) == pytest.approx(20.0)
-    assert tuning._sqnr(wanted, torch.tensor([3.0, float("nan")])) == -tuning.EXACT
+    assert step_runner._sqnr(wanted, wanted.float()) == step_runner.EXACT
+    assert step_runner._sqnr(wanted, torch.tensor([3.0, 4.5])) == pytest.approx(20.0)
+    assert step_runner._sqnr(wanted, torch.tensor([3.0, float("nan")])) == -step_runner.EXACT
 
 
 def test_the_float_row_is_the_users_model_whatever_the_steps_have_changed(tmp_path: Path):

@@ -17,11 +17,11 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import qdeploy
-from qdeploy.artifact import MANIFEST, Artifact, render, sha256
-from qdeploy.backend import backends
-from qdeploy.errors import ArtifactError, InputError, NotInstalledError, OptionError
-from qdeploy.runtimes import Runtime, find_runtime, runtimes
-from qdeploy.verification import INEXACT, _asked, _Score, verify_artifact
+from qdeploy.core.backend import backends
+from qdeploy.core.errors import ArtifactError, InputError, NotInstalledError, OptionError
+from qdeploy.export.artifact import MANIFEST, Artifact, render, sha256
+from qdeploy.runtimes.runtime import Runtime, find_runtime, runtimes
+from qdeploy.verification.verify import INEXACT, _asked, _Score, verify_artifact
 
 PAIRS = [(backend.name, runtime) for backend in backends for runtime in backend.runtimes]
 
@@ -193,7 +193,7 @@ def test_batches_are_cut_to_the_runtimes_size_and_the_rest_filled_with_its_last_
     monkeypatch.setitem(runtimes._values, "four", runtime)
     data = networks.batches("plain", count=2, batch=6)
     done: list[int] = []
-    report = verify_artifact(Artifact.open(folder), data, "four", watch=done.append)
+    report = verify_artifact(Artifact.open(folder), data, "four", progress=done.append)
     assert done == [6, 12] and report.results[-1].samples == 12
     assert [len(piece) for piece in recorder.seen] == [4, 4, 4, 4]
     for (batch,), first, second in zip(data, recorder.seen[::2], recorder.seen[1::2], strict=True):

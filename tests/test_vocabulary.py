@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import qdeploy
-from qdeploy.artifact import Artifact
-from qdeploy.prepared import Prepared
-from qdeploy.runtimes import runtimes
+from qdeploy.export.artifact import Artifact
+from qdeploy.runtimes.runtime import runtimes
+from qdeploy.simulation.prepared import Prepared
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 

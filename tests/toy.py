@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from qdeploy.backend import Backend, Emitted, Node
-from qdeploy.spec import Encoding, QuantSpec, Role
+from qdeploy.core.backend import Backend, Emitted, Node
+from qdeploy.core.spec import Encoding, QuantSpec, Role
 
 RANGES: dict[str, list[tuple[float, float]]] = {
     "x": [(-1.0, 1.0)],

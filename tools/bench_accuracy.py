@@ -33,8 +33,8 @@ from bench_pipeline import load_zoo, machine, replace_block, table
 from torch import Tensor, nn
 
 from qdeploy import api
-from qdeploy.flow import run
-from qdeploy.prepared import Prepared
+from qdeploy.graph.flow import run
+from qdeploy.simulation.prepared import Prepared
 
 BATCH = 64
 KILLS = 20
@@ -234,7 +234,7 @@ def step_time(zoo: ModuleType, count: int, iterations: int) -> str:
 
 def reconstruction(model: nn.Module, images: Tensor, iterations: int) -> tuple[float, float, int]:
     """Seconds of a reconstruction, of bare passes through its blocks (20 each before, between and after), and the number of blocks."""
-    from qdeploy import blockwise, reconstruct
+    from qdeploy.recipes import blockwise, reconstruct
 
     spent, bare, count = 0.0, 0.0, 0
     learn = reconstruct.reconstruct
@@ -261,7 +261,7 @@ def reconstruction(model: nn.Module, images: Tensor, iterations: int) -> tuple[f
 
 def bare_pass(unit: Any, inputs: Any, targets: Any, batch: int) -> float:
     """Seconds of one forward and backward pass of a block in float, with gradients of its weights; the median of 20."""
-    from qdeploy.quantizer import Quantizer
+    from qdeploy.numerics.quantizer import Quantizer
 
     net = copy.deepcopy(unit)
     for module in net.modules():
@@ -283,7 +283,7 @@ def api_recipe(name: str, iterations: int) -> Any:
     """A named recipe with another number of iterations in its last step."""
     from dataclasses import replace
 
-    from qdeploy.cookbook import RECIPES
+    from qdeploy.recipes.presets import RECIPES
 
     recipe = RECIPES[name]
     last = recipe.steps[-1]
@@ -307,7 +307,7 @@ def depth(zoo: ModuleType, iterations: int) -> str:
 
 def depth_child(zoo: ModuleType, blocks: int, iterations: int) -> None:
     """Print seconds, blocks, and memory in MiB before reconstruction and at its peak, of one depth; needs Linux."""
-    from qdeploy import blockwise
+    from qdeploy.recipes import blockwise
 
     torch.manual_seed(0)
     model = zoo.ResNetCifar(blocks).eval()
@@ -343,7 +343,7 @@ def kills() -> str:
     command = [
         sys.executable,
         "-c",
-        "from qdeploy.cli import main; main()",
+        "from qdeploy.cli.main import main; main()",
         "quantize",
         str(root / "samples/digits.pt2"),
         "--backend",

@@ -27,13 +27,16 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from qdeploy import api, emit, fold, graph
-from qdeploy.artifact import Artifact
-from qdeploy.backend import backends
-from qdeploy.capture import capture
-from qdeploy.insert import insert_quantizers
-from qdeploy.plan import Widths, make_plan
-from qdeploy.runtimes import find_runtime
+from qdeploy import api
+from qdeploy.capture import fold
+from qdeploy.capture.capture import capture
+from qdeploy.core.backend import backends
+from qdeploy.export import emit
+from qdeploy.export.artifact import Artifact
+from qdeploy.graph import edit
+from qdeploy.runtimes.runtime import find_runtime
+from qdeploy.simulation.insert import insert_quantizers
+from qdeploy.simulation.plan import Widths, make_plan
 
 NETWORKS = ("resnet20", "mobilenetv2")
 OBSERVERS = ("minmax", "ema", "percentile", "mse", "kl")
@@ -270,7 +273,7 @@ def depth(zoo: ModuleType) -> str:
             fold.plain_batch_norms(module)
             plan = make_plan(module, api.find_backend("snpe"), Widths())
             planned = time.perf_counter()
-            copy = graph.copy(module, own_parameters=True)
+            copy = edit.copy(module, own_parameters=True)
             insert_quantizers(copy, plan)
             laps.append((captured - start, planned - captured, time.perf_counter() - planned))
         one, two, three = (statistics.median(lap[part] for lap in laps) for part in range(3))

@@ -28,7 +28,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from qdeploy import api
-from qdeploy.prepared import Prepared
+from qdeploy.simulation.prepared import Prepared
 
 LENGTH = 64
 """Tokens of a sentence, shorter ones padded."""

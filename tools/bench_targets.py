@@ -20,8 +20,8 @@ from types import ModuleType
 from bench_pipeline import BATCH, NETWORKS, RECIPE, batches, calibration_images, load_zoo, machine, replace_block, table, timed
 
 from qdeploy import api
-from qdeploy.backend import Backend, backends
-from qdeploy.prepared import Prepared
+from qdeploy.core.backend import Backend, backends
+from qdeploy.simulation.prepared import Prepared
 
 RUNTIME = "onnxruntime:all"
 WIDE = 16

@@ -18,8 +18,8 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
-from qdeploy.backend import Backend, Geometry, OpRule, backends
-from qdeploy.ops import OPS
+from qdeploy.core.backend import Backend, Geometry, OpRule, backends
+from qdeploy.core.ops import OPS
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 QUANTIZE = ("QuantizeLinear", "QuantizeHalfAway", "QuantizeDpu", "LogQuantize")

@@ -22,14 +22,15 @@ from onnx import TensorProto, helper
 from onnx.utils import Extractor
 from torch import Tensor
 
-from qdeploy import api, arith
-from qdeploy.artifact import Artifact
+from qdeploy import api
+from qdeploy.core.spec import Encoding
+from qdeploy.export.artifact import Artifact
 from qdeploy.files.data import Data, array_specs, open_data
 from qdeploy.files.model import load_model
-from qdeploy.prepared import Prepared
-from qdeploy.quantizer import Quantizer
-from qdeploy.runtimes import Runtime, runtimes
-from qdeploy.spec import Encoding
+from qdeploy.numerics import arith
+from qdeploy.numerics.quantizer import Quantizer
+from qdeploy.runtimes.runtime import Runtime, runtimes
+from qdeploy.simulation.prepared import Prepared
 
 LAST = ("FlushSubnormals", "Cast_1", "LogDequantize", "DequantizeLinear")
 """How the last node of an encoding is called after its tensor, on whichever grid."""

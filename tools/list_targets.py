@@ -11,9 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from qdeploy.artifact import MODEL, SIMULATION
-from qdeploy.backend import Backend, Format, OpRule, backends
-from qdeploy.spec import QuantSpec
+from qdeploy.core.backend import Backend, Format, OpRule, backends
+from qdeploy.core.spec import QuantSpec
+from qdeploy.export.artifact import MODEL, SIMULATION
 
 PAGE = Path(__file__).parent.parent / "docs" / "targets.md"
 HEAD = """# Targets

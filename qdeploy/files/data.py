@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qdeploy.errors import InputError, OptionError
+from qdeploy.core.errors import InputError, OptionError
+from qdeploy.core.spec import TensorSpec, show_shape
 from qdeploy.files.format import describe_kind, file_kind, one_line
 from qdeploy.files.reference import call, is_reference, where
 from qdeploy.files.samples import (
@@ -38,7 +39,6 @@ from qdeploy.files.samples import (
     split_item,
     to_array,
 )
-from qdeploy.spec import TensorSpec, show_shape
 
 __all__ = ["Data", "ImageOptions", "TensorSpec", "open_data"]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-from qdeploy.errors import InputError
+from qdeploy.core.errors import InputError
 
 MODEL_FILES = (
     "a .pt2 file of torch.export.save, an ONNX file, a state dict with --arch, a pickled module with --allow-pickle, or MODULE:CALLABLE"

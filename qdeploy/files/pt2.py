@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from qdeploy.errors import InputError
+from qdeploy.core.errors import InputError
 from qdeploy.files.format import one_line
 
 _EXPRESSIONS = re.compile(

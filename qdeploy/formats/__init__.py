@@ -1,1 +1,4 @@
-"""Scale files that more than one target reads, a family of formats each. What only one target reads is written in its backend."""
+"""Scale files that more than one target reads, a family of formats each. What only one target reads is written in its backend.
+
+Imports: core.
+"""

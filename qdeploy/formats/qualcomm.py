@@ -11,8 +11,8 @@ Sources: Qualcomm, "QAIRT Quantization Specification"; AIMET, "Encoding Format S
 import json
 from collections.abc import Mapping
 
-from qdeploy.backend import Emitted
-from qdeploy.spec import Encoding
+from qdeploy.core.backend import Emitted
+from qdeploy.core.spec import Encoding
 
 ENCODINGS = "model.encodings"
 

@@ -8,8 +8,8 @@ Source: Ristretto, "Layer Catalogue" (lepsucd.com); pmgysel/caffe, src/caffe/pro
 import math
 from collections.abc import Mapping
 
-from qdeploy.backend import Emitted, Node
-from qdeploy.spec import Encoding
+from qdeploy.core.backend import Emitted, Node
+from qdeploy.core.spec import Encoding
 
 PROTOTXT = "quantization.prototxt"
 _TYPES = {"Conv": "ConvolutionRistretto", "ConvTranspose": "DeconvolutionRistretto", "Gemm": "FcRistretto"}

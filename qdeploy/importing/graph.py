@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 
-from qdeploy.errors import InputError, QDeployError
+from qdeploy.core.errors import InputError, QDeployError
 from qdeploy.importing.elementwise import torch_dtype
 from qdeploy.importing.read import where
 from qdeploy.importing.table import OPERATORS, Operator

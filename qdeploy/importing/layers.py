@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qdeploy.errors import CaptureError
+from qdeploy.core.errors import CaptureError
 from qdeploy.importing.table import operator
 from qdeploy.importing.values import is_symbolic
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
-from qdeploy.dimensions import BATCH, MARK
-from qdeploy.errors import CaptureError, InputError, QDeployError
+from qdeploy.capture.dimensions import BATCH, MARK
+from qdeploy.core.errors import CaptureError, InputError, QDeployError
 from qdeploy.importing import fuse
 from qdeploy.importing.elementwise import torch_dtype
 from qdeploy.importing.graph import Builder

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 
-from qdeploy.errors import InputError
+from qdeploy.core.errors import InputError
 from qdeploy.importing import elementwise, layers, reducing, shaping
 from qdeploy.importing.table import OPERATORS
 

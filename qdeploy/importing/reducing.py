@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qdeploy import decompose
-from qdeploy.errors import CaptureError
+from qdeploy.capture import decompose
+from qdeploy.core.errors import CaptureError
 from qdeploy.importing.table import operator
 from qdeploy.importing.values import Value, is_plain, listed, tensor
 

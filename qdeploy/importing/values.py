@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdeploy.errors import CaptureError
+from qdeploy.core.errors import CaptureError
 
 Value = Any
 """A tensor, a number, a flat list of numbers, or None for an optional input that is left out."""

@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from qdeploy.errors import ArtifactError
-from qdeploy.runtimes import Array, Runtime, quiet, runtimes
+from qdeploy.core.errors import ArtifactError
+from qdeploy.runtimes.runtime import Array, Runtime, quiet, runtimes
 
 CONVERT = "import _tools, sys; _tools.mnnconvert(['MNNConvert', *sys.argv[1:]])"
 

@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from qdeploy.errors import ArtifactError, NotInstalledError
-from qdeploy.runtimes import Array, Runtime, quiet, runtimes
+from qdeploy.core.errors import ArtifactError, NotInstalledError
+from qdeploy.runtimes.runtime import Array, Runtime, quiet, runtimes
 
 FLOAT, INT8 = (np.uint32(tag).tobytes() for tag in (0, 0x000D4B38))
 """What stands in the bin before weights that are float32, and int8."""

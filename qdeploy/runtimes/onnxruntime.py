@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qdeploy.runtimes import Array, Runtime, runtimes
+from qdeploy.runtimes.runtime import Array, Runtime, runtimes
 
 INEXACT_OPTIMIZERS = ("WeightBiasQuantization", "DoubleQDQPairsRemover")
 FAILS_ON_FOUR_BITS = "ClipQuantRewrite"

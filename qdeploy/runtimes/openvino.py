@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdeploy.runtimes import Array, Runtime, runtimes
+from qdeploy.runtimes.runtime import Array, Runtime, runtimes
 
 OPTIONS = {
     "int8": {"INFERENCE_PRECISION_HINT": "f32"},

@@ -14,9 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qdeploy.errors import NotInstalledError
-from qdeploy.runtimes import Runtime, quiet, runtimes
+from qdeploy.core.errors import NotInstalledError
 from qdeploy.runtimes.onnxruntime import OrtSession
+from qdeploy.runtimes.runtime import Runtime, quiet, runtimes
 
 PROVIDER = "QNNExecutionProvider"
 SOC_MODEL = "57"  # SM8650; with no SoC named, the emulation cannot finalize a graph

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdeploy.errors import ArtifactError
-from qdeploy.runtimes import Array, Runtime, quiet, runtimes
+from qdeploy.core.errors import ArtifactError
+from qdeploy.runtimes.runtime import Array, Runtime, quiet, runtimes
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,345 @@
+"""The command line: parses, prints, nothing else. torch is imported by the commands that need it, not for `--help`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qdeploy.cli import arguments
+from qdeploy.cli.arguments import (
+    ActivationBits,
+    ActivationScheme,
+    Arch,
+    BackendName,
+    BackendNames,
+    DataPath,
+    DynamicSizes,
+    FirstLastBits,
+    Json,
+    Labels,
+    Mean,
+    Model,
+    Name,
+    Pickle,
+    Quiet,
+    Resize,
+    RuntimeNames,
+    Shape,
+    Std,
+    WeightBits,
+    WeightScheme,
+)
+from qdeploy.cli.console import Console, print_report, print_rows, print_steps, silence_torch
+from qdeploy.core.errors import OptionError, QDeployError
+
+if TYPE_CHECKING:
+    from qdeploy.api import Options
+    from qdeploy.core.backend import Backend
+    from qdeploy.files.data import Data
+    from qdeploy.simulation.prepared import Prepared
+    from qdeploy.verification.verify import Report
+
+app = typer.Typer(
+    help="Quantize a model for one piece of hardware, and prove that what was simulated is what is deployed.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    backend: BackendNames,
+    data: DataPath = None,
+    recipe: Annotated[str, typer.Option(help="a name of `qdeploy recipes`, or FILE.toml")] = "default",
+    samples: Annotated[int, typer.Option(help="how many samples to calibrate with")] = 512,
+    weight_bits: WeightBits = None,
+    activation_bits: ActivationBits = None,
+    first_last_bits: FirstLastBits = None,
+    weight_scheme: WeightScheme = None,
+    activation_scheme: ActivationScheme = None,
+    arch: Arch = None,
+    input_shape: Shape = None,
+    dynamic: DynamicSizes = None,
+    out: Annotated[Path, typer.Option(help="the folder to write; with several targets, of their folders")] = Path("out"),
+    seed: Annotated[int, typer.Option(help="of the choice of samples, and of everything random")] = 0,
+    allow_pickle: Pickle = False,
+    file_format: Annotated[
+        str | None, typer.Option("--format", help="which of the target's formats, see `qdeploy backends NAME`")
+    ] = None,
+    verify_data: Annotated[str | None, typer.Option(help="verify on these samples, not on 64 of --data")] = None,
+    labels: Labels = None,
+    data_labels: Annotated[str | None, typer.Option(help="class numbers of --data: judge steps by right classes")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run that was interrupted")] = False,
+    runtime: RuntimeNames = None,
+    mean: Mean = None,
+    std: Std = None,
+    resize: Resize = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize MODEL for a target or several, write the artifacts, and verify them on the runtimes that are installed."""
+    from qdeploy import api
+    from qdeploy.core.targets import find_backends
+    from qdeploy.export import artifact
+    from qdeploy.files.data import open_data
+
+    console = Console(as_json, quiet)
+    targets = find_backends(backend)
+    places = [out / target.name if len(targets) > 1 else out for target in targets]
+    for target, place in zip(targets, places, strict=True):
+        target.choose_format(file_format)
+        artifact.check_free(place)
+    arguments.check_choices(recipe, runtime, samples, seed)
+    for given, needed, what in (
+        (labels, verify_data, "--labels go with --verify-data"),
+        (data_labels, data, "--data-labels go with --data"),
+    ):
+        if given and not needed:
+            raise OptionError(what, action="name the samples that the labels belong to")
+    images = arguments.image_options(mean, std, resize)
+    opened = arguments.dynamic_sizes(dynamic, input_shape)
+    loaded, specs = arguments.load(model, arch, allow_pickle, input_shape, data)
+    calibration = open_data(data, specs, images, data_labels).pick(samples, seed) if data else None
+    evaluation = open_data(verify_data, arguments.loosened(specs, opened), images, labels) if verify_data else None
+    options = api.Options(
+        recipe=recipe,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        first_last_bits=first_last_bits,
+        seed=seed,
+        weight_scheme=weight_scheme,
+        activation_scheme=activation_scheme,
+        dynamic=opened,
+    )
+    if calibration is None:
+        example = arguments.zeros(specs)
+        with console.step_progress() as step_progress:
+            made = api.distill_data(loaded, example, samples, seed, step_progress)
+        console.say(f"no --data: calibrating on {sum(len(batch[0]) for batch in made)} images distilled from the batch-norm statistics")
+    else:
+        example = next(calibration.batches(1))  # also the batch of a model that fixes it
+    several = _prepare(loaded, arguments.example(loaded, specs, example), targets, options)
+    folder = arguments.work_folder(out)
+    try:
+        with console.progress("calibrate", samples if calibration is None else arguments.count(calibration, several[0])) as progress:
+            stream: Iterable[Any] = made if calibration is None else arguments.batches(calibration, several[0])
+            with console.step_progress() as step_progress:
+                numbers = calibration.labels if calibration is not None and data_labels else None
+                api.calibrate_all(several, stream, progress, numbers, folder, resume, step_progress)
+    except KeyboardInterrupt:
+        console.say(f"interrupted; finished parts are in {folder}: run the same command with --resume to go on")
+        raise typer.Exit(130) from None
+    done = [_write(one, place, file_format, evaluation, runtime, console) for one, place in zip(several, places, strict=True)]
+    arguments.drop_folder(folder)
+    console.dump(done if len(targets) > 1 else done[0])
+    if not all(row["verify"]["passed"] for row in done):
+        raise typer.Exit(1)
+
+
+def _prepare(loaded: Any, example: Any, targets: Sequence[Backend], options: Options) -> Sequence[Prepared]:
+    from qdeploy import api
+
+    with silence_torch():
+        return api.prepare_all(loaded, example, targets, **options)
+
+
+def _write(
+    prepared: Prepared, out: Path, file_format: str | None, evaluation: Data | None, runtime: list[str] | None, console: Console
+) -> dict[str, Any]:
+    """Write and verify one target's artifact, and print what came of it."""
+    from qdeploy import api
+    from qdeploy.export import artifact
+
+    with artifact.staged(out) as place:
+        console.say(f"write ONNX for {prepared.backend.name}")
+        written = api.convert(prepared, place, file_format)
+        if evaluation is None:
+            report = api.verify(written, runtime=runtime)
+        else:
+            used = arguments.count(evaluation, prepared)
+            numbers = None if evaluation.labels is None else evaluation.labels[:used]
+            with console.progress("verify", used) as progress:
+                report = api.verify(written, arguments.batches(evaluation, prepared), runtime, numbers, prepared, progress)
+    command = written.manifest["command"].replace("{out}", str(out))
+    console.print(lambda: print_steps(written.manifest["steps"]))
+    console.print(lambda: print_report(report))
+    console.say(f"\nwritten to {out}: {', '.join((*written.manifest['files'], artifact.MANIFEST))}")
+    for note in written.manifest["notes"]:
+        console.say(f"note: {note}")
+    if command:
+        console.say(f"next: {command}")
+    return {
+        "out": str(out),
+        "backend": prepared.backend.name,
+        "command": command,
+        "steps": written.manifest["steps"],
+        "verify": report.to_json(),
+    }
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(help="the folder of an artifact")],
+    data: DataPath = None,
+    runtime: RuntimeNames = None,
+    labels: Labels = None,
+    mean: Mean = None,
+    std: Std = None,
+    resize: Resize = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a written artifact on real runtimes and compare with what was simulated."""
+    from qdeploy import api
+    from qdeploy.core.spec import TensorSpec
+    from qdeploy.export.artifact import Artifact
+    from qdeploy.files.data import open_data
+
+    console = Console(as_json, quiet)
+    opened = Artifact.open(out)
+    opened.check_whole()
+    arguments.check_choices("default", runtime, 1, 0)
+    if data is None:
+        if labels:
+            raise OptionError("--labels go with --data", action="name the samples that the labels belong to")
+        report = api.verify(opened, runtime=runtime)
+    else:
+        specs = [TensorSpec.from_json(spec) for spec in opened.inputs]
+        samples = open_data(data, specs, arguments.image_options(mean, std, resize), labels)
+        fixed = specs[0].shape[0]
+        used = arguments.whole(len(samples), fixed)
+        numbers = None if samples.labels is None else samples.labels[:used]
+        with console.progress("verify", used) as progress:
+            report = api.verify(opened, samples.batches(fixed or arguments.BATCH, used), runtime, numbers, progress=progress)
+    console.show(report.to_json(), lambda: print_report(report))
+    _finish(report)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    backend: BackendName,
+    data: DataPath = None,
+    weight_bits: WeightBits = None,
+    activation_bits: ActivationBits = None,
+    first_last_bits: FirstLastBits = None,
+    weight_scheme: WeightScheme = None,
+    activation_scheme: ActivationScheme = None,
+    arch: Arch = None,
+    input_shape: Shape = None,
+    dynamic: DynamicSizes = None,
+    allow_pickle: Pickle = False,
+    as_json: Json = False,
+) -> None:
+    """Print the plan: how each tensor of MODEL is quantized for a target, or why it is not."""
+    from qdeploy import api
+    from qdeploy.core.targets import find_backend
+
+    target = find_backend(backend)
+    opened = arguments.dynamic_sizes(dynamic, input_shape)
+    loaded, specs = arguments.load(model, arch, allow_pickle, input_shape, data)
+    with silence_torch():
+        prepared = api.prepare(
+            loaded,
+            arguments.example(loaded, specs, arguments.zeros(specs)),
+            target,
+            "fast",
+            weight_bits,
+            activation_bits,
+            first_last_bits,
+            0,
+            weight_scheme,
+            activation_scheme,
+            opened,
+        )
+    columns = ("tensor", "role", "op", "scheme", "reason")
+    rows = [dict(zip(columns, row, strict=True)) for row in prepared.plan.rows()]
+    Console(as_json, False).show({"backend": target.name, "tensors": rows}, lambda: print(prepared.plan))
+
+
+@app.command()
+def backends(name: Name = None, as_json: Json = False) -> None:
+    """List the targets, or show one."""
+    from qdeploy.core.backend import backends as registry
+
+    rows = [
+        {
+            "name": b.name,
+            "hardware": b.title,
+            "weights": b.weight.describe(),
+            "activations": b.activation.describe(),
+            "bias": b.bias if isinstance(b.bias, str) else b.bias.describe(),
+            "weight_bits": list(b.weight_bits),
+            "activation_bits": list(b.activation_bits),
+            "formats": [form.name for form in b.formats],
+            "files": list(b.formats[0].files),
+            "runtimes": list(b.runtimes),
+            "command": b.formats[0].command,
+            "sources": list(b.sources),
+        }
+        for b in ([registry[name]] if name else registry)
+    ]
+    print_rows(rows, ("name", "hardware", "weights", "activations", "bias"), name, as_json)
+
+
+@app.command()
+def recipes(name: Name = None, as_json: Json = False) -> None:
+    """List the recipes, or show one with all its options."""
+    from qdeploy.numerics.observer import observer_options
+    from qdeploy.recipes.presets import find_recipe, recipe_names
+    from qdeploy.recipes.step import step_options
+
+    rows = []
+    for recipe in [find_recipe(n) for n in ([name] if name else recipe_names())]:
+        row: dict[str, object] = {"name": recipe.name, "summary": recipe.summary, "by_grid": recipe.by_grid}
+        for part, choice in (("activation", recipe.activation), ("weight", recipe.weight)):
+            row[part] = {"observer": choice.observer} | observer_options(choice.observer) | dict(choice.options)
+        row["steps"] = [{"name": one.step} | step_options(one.step) | dict(one.options) for one in recipe.steps]
+        rows.append(row)
+    print_rows(rows, ("name", "summary"), name, as_json)
+
+
+@app.command()
+def runtimes(name: Name = None, as_json: Json = False) -> None:
+    """List the runtimes that can check an artifact, and whether they are installed."""
+    from qdeploy.runtimes.runtime import runtimes as registry
+
+    rows = []
+    for r in [registry[name]] if name else registry:
+        install = f"pip install 'qdeploy[{r.extra}]'" if r.extra else "pip install qdeploy"
+        rows.append({"name": r.name, "title": r.title, "variants": list(r.variants), "installed": r.installed(), "install": install})
+    print_rows(rows, ("name", "title", "installed", "install"), name, as_json)
+
+
+def main() -> None:
+    """The entry point: a user's mistake is one message and exit status 2."""
+    # torch warns of its own internals while it exports; what concerns the user is an error
+    warnings.simplefilter("ignore", FutureWarning)
+    output = sys.stdout
+    try:
+        app()
+    except QDeployError as error:
+        sys.exit(_fail(str(error)))
+    except OSError as error:
+        what = f"{error.strerror or error}{f': {error.filename!r}' if error.filename else ''}"
+        sys.exit(_fail(str(QDeployError(what, action="check the path, its permissions and the space on the disk"))))
+    finally:
+        sys.stdout = output
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return 2
+
+
+def _finish(report: Report) -> None:
+    if not report.passed:
+        raise typer.Exit(1)

@@ -1,0 +1,238 @@
+"""From the captured graph to ONNX: one export for all targets, and views of it.
+
+The export has a marker node `qdeploy::edge` on every edge of a float tensor, with the names of the tensor and of its reader. The float
+view drops them; the QDQ view of a target puts the nodes of `lower` on the edges that its plan quantizes. In both an encoded tensor has
+the name of its encoding; where a graph output is quantized, that name is the output's and the tensor before is `<name>_float`.
+Parameters have the values of the target's own simulation.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from qdeploy.capture import outputs
+from qdeploy.capture.capture import Captured
+from qdeploy.core.backend import Format
+from qdeploy.core.errors import CaptureError
+from qdeploy.core.ops import MAX_POOL, MOVE
+from qdeploy.core.spec import Encoding
+from qdeploy.export import artifact, edge_markers
+from qdeploy.export.lower import Lowering
+from qdeploy.export.onnx_file import half_precision, simplify_float
+from qdeploy.export.onnx_functions import DOMAIN, add_functions
+from qdeploy.export.translations import table
+from qdeploy.graph import edit, query
+from qdeploy.numerics import arith
+from qdeploy.numerics.quantizer import Average
+from qdeploy.simulation.prepared import Prepared
+
+_KEEP = (MOVE | MAX_POOL) - {"pad"}
+"""Ops whose outputs are some of their inputs' values."""
+_OUTPUT = "<output>"
+_exported: WeakKeyDictionary[fx.GraphModule, dict[int, ir.Model]] = WeakKeyDictionary()
+"""The exports of each captured graph, by opset."""
+
+
+def files(prepared: Prepared, form: Format, encodings: Sequence[Encoding]) -> tuple[dict[str, bytes], int, list[str]]:
+    """model.onnx as `form` has it, model.sim.onnx where that computes something else, the bytes of the float model, and notes."""
+    exported = export(prepared.captured, prepared.backend.opset)
+    plain = to_bytes(float_view(exported, prepared))
+    literal = to_bytes(qdq_view(exported, prepared, encodings))
+    notes = []
+    if form.model == "qdq":
+        model = to_bytes(qdq_view(exported, prepared, encodings, literal=False))
+    elif form.model == "float":
+        clipped = to_bytes(float_view(exported, prepared, encodings if form.clip_weights else ()))
+        model, note = simplify_float(clipped, [e.tensor for e in encodings])
+        notes.append(note)
+    else:
+        model = half_precision(to_bytes(float_view(exported, prepared, encodings)))
+    made = {artifact.MODEL: model}
+    return made if model == literal else made | {artifact.SIMULATION: literal}, len(plain), notes
+
+
+def export(captured: Captured, opset: int) -> ir.Model:
+    """The captured graph as ONNX with markers, all names in place, nothing in it of where it was made. Made once."""
+    known = _exported.setdefault(captured.module, {})
+    if opset not in known:
+        known[opset] = _export(captured, opset)
+    return known[opset]
+
+
+def _export(captured: Captured, opset: int) -> ir.Model:
+    module = _marked(captured.module)
+    shapes = tuple(spec.names or None for spec in captured.inputs)
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                module,
+                captured.example,
+                dynamo=True,
+                dynamic_shapes=shapes if any(shapes) else None,
+                opset_version=opset,
+                custom_translation_table={torch.ops.qdeploy.edge.default: edge_markers.translate, **table(module)},
+                input_names=[spec.name for spec in captured.inputs],
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise CaptureError("torch.onnx.export cannot translate the model", found=f"{type(cause).__name__}: {cause}") from error
+    assert program is not None
+    model = program.model
+    edge_markers.restore_names(model, outputs.names(captured.module))
+    return model
+
+
+def _marked(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph with a marker on every edge of a float tensor."""
+    copy = edit.copy(module)
+    for node in list(copy.graph.nodes):
+        if not query.is_float(node) or node.op not in ("placeholder", "call_function", "get_attr"):
+            continue
+        for user in list(node.users):
+            with copy.graph.inserting_before(user):
+                arguments = (node, query.tensor_name(node), query.reader_name(user))
+                marker = copy.graph.call_function(torch.ops.qdeploy.edge.default, arguments)
+            marker.meta["val"] = query.value(node)
+            user.replace_input_with(node, marker)
+    copy.recompile()
+    return copy
+
+
+def float_view(exported: ir.Model, prepared: Prepared, clip: Sequence[Encoding] = ()) -> ir.Model:
+    """The float model, its parameters confined to the values that the grids of `clip` reach (and rounded, where they are float16)."""
+    model = _fresh_copy(exported, prepared)
+    for encoding in clip:
+        if encoding.role != "activation":
+            _confine(model.graph.initializers[encoding.tensor], encoding)
+    for marker in edge_markers.find(model):
+        _bypass(model, marker)
+    model.opset_imports.pop(DOMAIN, None)
+    return model
+
+
+def qdq_view(exported: ir.Model, prepared: Prepared, encodings: Sequence[Encoding], literal: bool = True) -> ir.Model:
+    """The simulation in ONNX; without `literal` in standard operators only, which round half to even and divide averages exactly."""
+    model = _fresh_copy(exported, prepared)
+    taken = {str(named.name) for named in (*edge_markers.values(model), *model.graph)}
+    lowering = Lowering(model, taken, literal)
+    by_name = {encoding.tensor: encoding for encoding in encodings}
+    planned = {tensor.tensor: tensor for tensor in prepared.plan.quantized}
+    groups: dict[str, list[ir.Node]] = {}
+    for marker in edge_markers.find(model):
+        groups.setdefault(edge_markers.text(marker, "tensor"), []).append(marker)
+    for tensor, markers in groups.items():
+        readers = planned[tensor].readers if tensor in planned else ()
+        quantized = [m for m in markers if edge_markers.text(m, "reader") in readers]
+        for marker in markers:
+            if marker not in quantized:
+                _bypass(model, marker)
+        if quantized:
+            # what only passes through is on the grid already, unless it is averaged or padded
+            on_grid = not planned[tensor].observe and planned[tensor].op in _KEEP
+            _lower(model, lowering, by_name[tensor], quantized, on_grid, prepared.quantizers[tensor].averages.get(tensor))
+    model.opset_imports.pop(DOMAIN, None)
+    add_functions(model, lowering.functions, prepared.backend.opset)
+    return model
+
+
+def _lower(
+    model: ir.Model, lowering: Lowering, encoding: Encoding, markers: Sequence[ir.Node], on_grid: bool, average: Average | None
+) -> None:
+    """Put the nodes of one encoding on the edges `markers`."""
+    raw = markers[0].inputs[0]
+    assert raw is not None
+    stored = raw.name in model.graph.initializers
+    if stored:
+        assert raw.const_value is not None
+        nodes = lowering.parameter(raw.const_value.numpy(), encoding)
+    else:
+        nodes = lowering.activation(raw, encoding, on_grid, average)
+    model.graph.insert_before(markers[0], nodes)
+    last = nodes[-1].outputs[0]
+    if not stored and any(marker.outputs[0].name == encoding.tensor for marker in markers):
+        raw.name = lowering.fresh(f"{encoding.tensor}_float")
+    for marker in markers:
+        _replace(model, marker, last, encoding.tensor)
+    if stored and not raw.uses():
+        del model.graph.initializers[encoding.tensor]
+        last.name = encoding.tensor
+
+
+def _bypass(model: ir.Model, marker: ir.Node) -> None:
+    raw = marker.inputs[0]
+    assert raw is not None
+    _replace(model, marker, raw, edge_markers.text(marker, "tensor"))
+
+
+def _replace(model: ir.Model, marker: ir.Node, value: ir.Value, tensor: str) -> None:
+    """`value` takes the place of a marker. As a graph output it has the output's name, where it is not one already or a parameter."""
+    result = marker.outputs[0]
+    for position, output in enumerate(model.graph.outputs):
+        if output is result:
+            name = str(result.name)
+            if name != tensor:
+                copy = ir.node("Identity", [value], name=f"{name}_Identity")
+                model.graph.insert_before(marker, [copy])
+                value_out = copy.outputs[0]
+            else:
+                value_out = value
+            value_out.name, value_out.shape, value_out.type = name, result.shape, result.type
+            model.graph.outputs[position] = value_out
+    result.replace_all_uses_with(value)
+    model.graph.remove(marker, safe=True)
+
+
+def _fresh_copy(exported: ir.Model, prepared: Prepared) -> ir.Model:
+    """A copy of an export with the parameters of `prepared`."""
+    model = exported.clone()
+    for marker in edge_markers.find(model):
+        raw = marker.inputs[0]
+        assert raw is not None
+        if raw.name in model.graph.initializers:
+            values = query.parameter(prepared.module, edge_markers.text(marker, "tensor")).detach().cpu().numpy()
+            raw.const_value = ir.tensor(np.array(values, order="C"), name=raw.name)
+    return model
+
+
+def _confine(value: ir.Value, encoding: Encoding) -> None:
+    assert value.const_value is not None
+    array = value.const_value.numpy()
+    if encoding.spec.linear or encoding.spec.grid == "log":
+        shape = [-1 if axis == encoding.spec.axis else 1 for axis in range(array.ndim)]
+        confined = np.clip(array, encoding.low.reshape(shape), encoding.high.reshape(shape)).astype(np.float32)
+    else:
+        scale, zero = torch.from_numpy(encoding.scale.copy()), torch.from_numpy(encoding.zero_point.copy())
+        confined = arith.fake_quantize(torch.from_numpy(np.array(array)), scale, zero, encoding.spec).numpy()
+    value.const_value = ir.tensor(confined, name=value.name)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of packages and of its own internals; failures are exceptions."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def to_bytes(model: ir.Model) -> bytes:
+    """The serialized ONNX model."""
+    data: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    return data

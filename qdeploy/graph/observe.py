@@ -1,0 +1,53 @@
+"""Watch tensors of a float graph while data passes: every observer of every target sees its tensor in one pass.
+
+The observers hang on a copy of the captured graph as `ObserverTap` modules, one after each watched tensor. Rows and their extremes are
+computed once a tensor and channel axis, whatever the number of observers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, fx, nn
+
+from qdeploy.graph import edit, query
+from qdeploy.numerics.observer import Observer, as_rows, finite_minmax, unmasked
+
+FOLDER = "taps"
+
+
+class ObserverTap(nn.Module):
+    """Shows a tensor to its observers."""
+
+    def __init__(self, tensor: str, observers: Sequence[Observer], masked: bool):
+        super().__init__()
+        self.tensor = tensor
+        self.masked = masked
+        self.by_axis: dict[int | None, list[Observer]] = {}
+        for observer in observers:
+            self.by_axis.setdefault(observer.spec.axis, []).append(observer)
+
+    def forward(self, x: Tensor) -> None:
+        """Update all observers; `InputError` naming the tensor when NaN or Inf is among the values."""
+        for axis, observers in self.by_axis.items():
+            rows = as_rows(x, axis)
+            if self.masked:
+                rows = unmasked(rows)
+            low, high = finite_minmax(rows, self.tensor)
+            for observer in observers:
+                observer.update(rows, low, high)
+
+
+def insert_observers(module: fx.GraphModule, observers: Mapping[str, Sequence[Observer]]) -> fx.GraphModule:
+    """A copy of the float graph `module` in which the tensors that `observers` names show themselves."""
+    copy = edit.copy(module)
+    copy.add_module(FOLDER, nn.Module())
+    for node in list(copy.graph.nodes):
+        name = query.tensor_name(node)
+        if node.op in ("placeholder", "call_function") and name in observers:
+            path = f"{FOLDER}.t{len(copy.get_submodule(FOLDER)._modules)}"
+            copy.add_submodule(path, ObserverTap(name, observers[name], "masked" in node.meta))
+            with copy.graph.inserting_after(node):
+                copy.graph.call_module(path, (node,))
+    copy.recompile()
+    return copy

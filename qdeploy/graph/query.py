@@ -1,0 +1,183 @@
+"""Small questions about FX nodes: what op one is, what it makes, what it reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qdeploy.core import ops
+from qdeploy.core.backend import Geometry
+from qdeploy.core.ops import CONVOLUTION, MEAN_POOL, Op
+
+
+def op_of(node: fx.Node) -> Op:
+    """The canonical op of a call node. A clamp to (0, 6) is `relu6`, one to (0, nothing) is `relu`, whichever overload says it.
+
+    Both ops of x sigmoid(x) are `silu`: some targets compute the two as one.
+    """
+    op = ops.find(str(node.target))
+    if op.name in ("sigmoid", "mul") and _is_silu(node, op.name):
+        return ops.find("aten.silu.default")
+    if op.name != "clamp":
+        return op
+    bounds = dict(zip(("min", "max"), node.args[1:], strict=False)) | node.kwargs
+    if "hardtanh" in str(node.target):
+        bounds = {"min": -1.0, "max": 1.0} | dict(zip(("min", "max"), node.args[1:], strict=False))
+    limits = (bounds.get("min"), bounds.get("max"))
+    if limits == (0, 6):
+        return ops.find("aten.relu6.default")
+    return ops.find("aten.relu.default") if limits == (0, None) else op
+
+
+def _is_silu(node: fx.Node, name: str) -> bool:
+    """Whether a sigmoid or a product is part of x sigmoid(x), of which nothing else reads the sigmoid."""
+    if name == "mul":
+        factors = node.all_input_nodes
+        return len(factors) == 2 and any(
+            str(gate.target) == "aten.sigmoid.default" and gate.args[0] is other and len(gate.users) == 1
+            for gate, other in (factors, factors[::-1])
+        )
+    (user,) = node.users if len(node.users) == 1 else (None,)
+    return user is not None and str(user.target) == "aten.mul.Tensor" and node.args[0] in user.all_input_nodes
+
+
+def scope(node: fx.Node) -> tuple[str, Any]:
+    """The path and the class of the module that makes `node`: as an ONNX file or a pass notes it, or the exporter's innermost."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    found: tuple[str, Any] = (node.meta.get("custom") or {}).get("scope") or (stack[-1] if stack else ("", ""))
+    return found
+
+
+def value(node: fx.Node) -> object:
+    """The fake tensor (or other value) that `node` makes, with its shape and dtype."""
+    return node.meta.get("val")
+
+
+def is_float(node: fx.Node) -> bool:
+    """Whether `node` makes one floating-point tensor."""
+    made = value(node)
+    return isinstance(made, Tensor) and made.dtype.is_floating_point
+
+
+def tensor_name(node: fx.Node) -> str:
+    """The stable, readable name of the tensor that `node` makes: its name in the emitted ONNX."""
+    name: str = node.meta.get("tensor_name", node.name)
+    return name
+
+
+def reader_name(node: fx.Node) -> str:
+    """The name of `node` as the reader of a tensor: that of the tensor it makes; the graph's output has one that no tensor has."""
+    return "<output>" if node.op == "output" else tensor_name(node)
+
+
+def argument(node: fx.Node, position: int | None) -> fx.Node | None:
+    """The node at an argument position of `node`, if there is one. Exporters may pass it by keyword."""
+    if position is None:
+        return None
+    found: object = node.args[position] if position < len(node.args) else None
+    if found is None:
+        found = node.kwargs.get({1: "weight", 2: "bias"}.get(position, ""))
+    return found if isinstance(found, fx.Node) else None
+
+
+def parameter(module: nn.Module, path: str) -> Tensor:
+    """The parameter or buffer at a dotted path."""
+    owner, _, name = path.rpartition(".")
+    found = getattr(module.get_submodule(owner), name)
+    assert isinstance(found, Tensor), path
+    return found
+
+
+def outputs(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that the graph returns, in order."""
+    (output,) = graph.find_nodes(op="output")
+    return [node for node in torch.utils._pytree.tree_leaves(output.args) if isinstance(node, fx.Node)]
+
+
+def geometry(node: fx.Node) -> Geometry | None:
+    """Kernel, stride, dilation and grouping of a convolution; None for any other op."""
+    op = op_of(node)
+    weight = argument(node, op.weight)
+    if op.name not in CONVOLUTION or weight is None:
+        return None
+    shape = value(weight)
+    assert isinstance(shape, Tensor)
+    sides = shape.dim() - 2
+    names: dict[str, Any] = {schema.name: schema.default_value for schema in _schema(node).arguments}
+    names |= dict(zip(names, node.args, strict=False)) | node.kwargs
+
+    def sizes(name: str) -> tuple[int, ...]:
+        found = names[name]
+        values = [int(v) for v in found] if isinstance(found, Sequence) else [int(found)]
+        return tuple(values if len(values) == sides else values * sides)
+
+    kernel = tuple(int(size) for size in shape.shape[2:])
+    return Geometry(kernel=kernel, stride=sizes("stride"), dilation=sizes("dilation"), grouped=int(names["groups"]) > 1)
+
+
+def macs(node: fx.Node) -> int:
+    """Multiply-accumulates of a layer or a matrix product, for one sample; 0 of any other op."""
+    op, made = op_of(node), value(node)
+    if op.kind != "compute" or not isinstance(made, Tensor):
+        return 0
+    weight = argument(node, op.weight if op.weight is not None else 1)
+    shape = value(weight) if weight is not None else None
+    if not isinstance(shape, Tensor):
+        return 0
+    if op.name == "matmul":
+        inner = shape.shape[-2] if shape.dim() > 1 else shape.shape[0]
+        return _elements(made) * int(inner)
+    if op.name == "linear":
+        return _elements(made) * int(shape.shape[1])
+    if "transpose" in op.name:  # every input element meets all that a weight has for its channel
+        source = value(node.all_input_nodes[0])
+        assert isinstance(source, Tensor)
+        return _elements(source) * math.prod(shape.shape[1:])
+    return _elements(made) * math.prod(shape.shape[1:])
+
+
+def _elements(made: Tensor) -> int:
+    """Of one sample, where the batch may vary."""
+    return math.prod(size if isinstance(size, int) else 1 for size in made.shape)
+
+
+def _schema(node: fx.Node) -> torch.FunctionSchema:
+    assert isinstance(node.target, torch._ops.OpOverload), node.target
+    return node.target._schema
+
+
+def pooled(node: fx.Node) -> tuple[int, ...] | None:
+    """How many elements an average pooling takes together along each side; None where that is not fixed, or for any other op.
+
+    An average over a padded border divides by fewer elements there, which is no fixed number.
+    """
+    op = op_of(node)
+    if op.name not in MEAN_POOL or len(node.all_input_nodes) != 1:
+        return None
+    before, after = (_sides(value(n)) for n in (node.all_input_nodes[0], node))
+    if not before:
+        return None
+    if op.name.startswith("avg_pool"):
+        kernel = [int(k) for k in node.args[1]]  # type: ignore[union-attr, arg-type]
+        padded = len(node.args) > 3 and any(node.args[3])  # type: ignore[arg-type]
+        return None if padded else tuple(kernel * len(before) if len(kernel) == 1 else kernel)
+    if op.name == "mean":
+        given = node.args[1] if len(node.args) > 1 else None
+        rank = len(before) + 2
+        dims = {int(d) % rank for d in given} if isinstance(given, list | tuple) and given else {0}
+        return None if dims & {0, 1} else tuple(b if d in dims else 1 for d, b in enumerate(before, 2))
+    if len(before) != len(after) or any(b % a for b, a in zip(before, after, strict=True)):
+        return None
+    return tuple(b // a for b, a in zip(before, after, strict=True))
+
+
+def _sides(made: object) -> tuple[int, ...]:
+    """The lengths of a tensor `[N, C, ...]` beyond its channels, where they are known; else empty."""
+    if not isinstance(made, Tensor) or made.dim() < 3:
+        return ()
+    sides = made.shape[2:]
+    return tuple(sides) if all(isinstance(s, int) and s for s in sides) else ()
