@@ -16,6 +16,7 @@ other sign. The zeros of a ReLU are no part of the density: bin 0 gets the count
 
 Worked: for N(0, 1) and 4 bits the best threshold is 2.559 (exactly 2.47, as 15 levels are not quite 16):
 
+>>> from qdeploy.core.spec import QuantSpec
 >>> from qdeploy.numerics.histogram import as_batch
 >>> seen = Analytic(QuantSpec(bits=4, signed=True, symmetric=True))
 >>> seen.update(*as_batch([torch.special.ndtri((torch.arange(10000) + 0.5) / 10000).tolist()]))
@@ -33,8 +34,6 @@ from scipy.optimize import brentq
 from scipy.special import lambertw
 from torch import Tensor
 
-from qdeploy.core.errors import OptionError
-from qdeploy.core.spec import QuantSpec
 from qdeploy.numerics.histogram import HistogramObserver
 from qdeploy.numerics.observer import observer
 
@@ -43,12 +42,10 @@ from qdeploy.numerics.observer import observer
 class Analytic(HistogramObserver):
     """Clips where a Laplace or a normal density of the same spread is best clipped."""
 
-    def __init__(self, spec: QuantSpec):
-        super().__init__(spec)
-        _check(spec)
+    even_codes = "'aciq' presumes evenly spaced codes, and those of {} are not"
 
     def range(self) -> tuple[Tensor, Tensor]:
-        _check(self.spec)
+        self.check()
         seen = self.histogram
         both = (seen.low < 0) & (seen.high > 0)
         place = torch.arange(-seen.bins, seen.bins, dtype=torch.float64) + 0.5
@@ -66,12 +63,6 @@ class Analytic(HistogramObserver):
         threshold = torch.where(total > 0, threshold, 2 * seen.bins)  # of zeros alone there is nothing to clip
         low, high = ((mean + side * threshold) * seen.width for side in (-1, 1))
         return low.clamp(min=seen.low, max=seen.high), high.clamp(min=seen.low, max=seen.high)
-
-
-def _check(spec: QuantSpec) -> None:
-    if not spec.linear:
-        reason = f"observer 'aciq' presumes evenly spaced codes, and those of {spec.describe()} are not"
-        raise OptionError(reason, action="use minmax")
 
 
 def _without_zeros(counts: Tensor) -> Tensor:

@@ -33,9 +33,10 @@ PART = 1 << 20
 class ClipDeviation(MinMax):
     """The mean and `k` standard deviations to either side."""
 
+    even_codes = "'clipstd' clips, and the codes of {} need no clipping"
+
     def __init__(self, spec: QuantSpec, k: float = 2.6):
         super().__init__(spec)
-        _check(spec)
         if isinstance(k, bool) or not isinstance(k, int | float) or not 0 < k <= 100:
             raise OptionError("k of observer 'clipstd'", found=repr(k), allowed="0 < k <= 100, usually 2.6")
         self.k = k
@@ -50,7 +51,7 @@ class ClipDeviation(MinMax):
             self._merge(part.shape[1], mean, variance * part.shape[1])
 
     def range(self) -> tuple[Tensor, Tensor]:
-        _check(self.spec)
+        self.check()
         low, high = super().range()
         assert self._mean is not None and self._squares is not None
         away = self.k * (self._squares / self._count).sqrt()
@@ -65,9 +66,3 @@ class ClipDeviation(MinMax):
         self._squares = self._squares + squares + away.square() * (self._count * count / total)
         self._mean = self._mean + away * (count / total)
         self._count = total
-
-
-def _check(spec: QuantSpec) -> None:
-    if not spec.linear:
-        reason = f"observer 'clipstd' clips, and the codes of {spec.describe()} need no clipping"
-        raise OptionError(reason, action="use minmax")

@@ -16,10 +16,10 @@ their biases. That is exact; behind an activation it would not be (DFQ, section 
 
 Worked: ranges of 8 and 2 meet at 4.
 
->>> from qdeploy.capture import capture
+>>> from qdeploy.capture.capture import capture
 >>> net = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.ReLU(), torch.nn.Linear(1, 1))
 >>> module = capture(net, torch.zeros(2, 1)).module
->>> first, second = (graph.parameter(module, name).detach() for name in ("0.weight", "2.weight"))
+>>> first, second = (query.parameter(module, name).detach() for name in ("0.weight", "2.weight"))
 >>> _ = first.fill_(8), second.fill_(2)
 >>> equalize(module), first.item(), second.item()
 (1, 4.0, 4.0)

@@ -14,6 +14,7 @@ Z_g the count and the filled bins of group g, all i are evaluated from running s
 
 Worked: of 10000 values of N(0, 1) and one 30 the threshold keeps the normal part and drops most of the way to 30:
 
+>>> from qdeploy.core.spec import QuantSpec
 >>> from qdeploy.numerics.histogram import as_batch
 >>> seen = Entropy(QuantSpec(signed=True, symmetric=True))
 >>> seen.update(*as_batch([[*torch.special.ndtri((torch.arange(10000) + 0.5) / 10000).tolist(), 30.0]]))
@@ -30,7 +31,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qdeploy.core.errors import OptionError
-from qdeploy.core.spec import QuantSpec
 from qdeploy.numerics.histogram import BINS, HistogramObserver
 from qdeploy.numerics.observer import observer
 
@@ -39,12 +39,17 @@ from qdeploy.numerics.observer import observer
 class Entropy(HistogramObserver):
     """Minimises the Kullback-Leibler divergence of the clipped histogram; for 8 bits only."""
 
-    def __init__(self, spec: QuantSpec):
-        super().__init__(spec)
-        _check(spec)
+    even_codes = "'kl' compares evenly spaced codes, and those of {} are not"
+
+    def check(self) -> None:
+        super().check()
+        bits = self.spec.bits
+        if bits != 8:
+            reason = "KL is not meaningful below 8 bits" if bits < 8 else "KL has no more levels than bins only at 8 bits"
+            raise OptionError(f"observer 'kl': {reason}", found=f"{bits} bits", allowed="8 bits", action="use mse")
 
     def range(self) -> tuple[Tensor, Tensor]:
-        _check(self.spec)
+        self.check()
         seen = self.histogram
         counts = (seen.negative() + seen.positive()).double()
         used = (seen.absmax / seen.width).to(torch.int64) + 1
@@ -55,15 +60,6 @@ class Entropy(HistogramObserver):
             kept.append(_kept_bins(row[:bins], levels))
         threshold = (torch.tensor(kept, dtype=torch.float64) + 0.5) * seen.width
         return self.clipped(torch.minimum(threshold, seen.absmax))
-
-
-def _check(spec: QuantSpec) -> None:
-    if not spec.linear:
-        reason = f"observer 'kl' compares evenly spaced codes, and those of {spec.describe()} are not"
-        raise OptionError(reason, action="use minmax")
-    if spec.bits != 8:
-        reason = "KL is not meaningful below 8 bits" if spec.bits < 8 else "KL has no more levels than bins only at 8 bits"
-        raise OptionError(f"observer 'kl': {reason}", found=f"{spec.bits} bits", allowed="8 bits", action="use mse")
 
 
 def _kept_bins(counts: Tensor, levels: int) -> int:

@@ -21,7 +21,6 @@ import torch
 from qdeploy.calibration.minmax import MinMax
 from torch import Tensor
 
-from qdeploy.core.errors import OptionError
 from qdeploy.core.spec import QuantSpec
 from qdeploy.numerics.observer import observer
 
@@ -30,9 +29,10 @@ from qdeploy.numerics.observer import observer
 class FirstStep(MinMax):
     """2 sqrt(Q) E|x|, cut to the extremes; for codes with even steps."""
 
+    even_codes = "'lsq' chooses a step, and codes of {} have no even steps"
+
     def __init__(self, spec: QuantSpec):
         super().__init__(spec)
-        _check(spec)
         self._total: Tensor | float = 0.0
         self._count = 0
 
@@ -42,7 +42,7 @@ class FirstStep(MinMax):
         self._count += rows.shape[1]
 
     def range(self) -> tuple[Tensor, Tensor]:
-        _check(self.spec)
+        self.check()
         low, high = super().range()
         right = torch.full_like(low, self.spec.qmax)
         if not self.spec.symmetric:
@@ -50,9 +50,3 @@ class FirstStep(MinMax):
             right = torch.where((low < 0) & (high > 0), codes / 2, codes)
         end = 2 * right.sqrt() * self._total / self._count
         return (-end).clamp(min=low, max=high), end.clamp(min=low, max=high)
-
-
-def _check(spec: QuantSpec) -> None:
-    if not spec.linear:
-        reason = f"observer 'lsq' chooses a step, and codes of {spec.describe()} have no even steps"
-        raise OptionError(reason, action="use minmax")

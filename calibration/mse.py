@@ -68,15 +68,16 @@ Candidates = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 class MeanSquare(HistogramObserver):
     """Minimises the mean of |error|^`p`."""
 
+    even_codes = "'mse' compares evenly spaced codes, and those of {} are not"
+
     def __init__(self, spec: QuantSpec, p: float = 2.0):
         super().__init__(spec)
-        _check(spec)
         if isinstance(p, bool) or not isinstance(p, int | float) or not 1 <= p <= 4:
             raise OptionError("p of observer 'mse'", found=repr(p), allowed="1 <= p <= 4, usually 2 or 2.4")
         self.p = p
 
     def range(self) -> tuple[Tensor, Tensor]:
-        _check(self.spec)
+        self.check()
         seen = self.histogram
         low, high = (v / seen.width for v in (seen.low.clamp(max=0), seen.high.clamp(min=0)))
         counts = seen.counts
@@ -96,12 +97,6 @@ class MeanSquare(HistogramObserver):
             best = _by_rows(_search_power, counts, (low, high), best, terms, self.spec, self.p)
         low, high = (v * seen.width for v in best)
         return low.clamp(min=seen.low, max=seen.high), high.clamp(min=seen.low, max=seen.high)
-
-
-def _check(spec: QuantSpec) -> None:
-    if not spec.linear:
-        reason = f"observer 'mse' compares evenly spaced codes, and those of {spec.describe()} are not"
-        raise OptionError(reason, action="use minmax")
 
 
 def _by_rows(

@@ -31,13 +31,17 @@ class Percentile(HistogramObserver):
 
     def __init__(self, spec: QuantSpec, percentile: float = 99.99):
         super().__init__(spec)
-        _check(spec)
         if isinstance(percentile, bool) or not isinstance(percentile, int | float) or not 50 < percentile <= 100:
             raise OptionError("percentile of observer 'percentile'", found=repr(percentile), allowed="50 < percentile <= 100")
         self.percentile = percentile
 
+    def check(self) -> None:
+        if self.spec.grid.startswith("float16"):
+            reason = f"observer 'percentile' chooses a range, and {self.spec.describe()} has a fixed one"
+            raise OptionError(reason, action="use minmax")
+
     def range(self) -> tuple[Tensor, Tensor]:
-        _check(self.spec)
+        self.check()
         seen = self.histogram
         tail = seen.counts.sum(1) * (1 - self.percentile / 100)
         if self.spec.symmetric:
@@ -48,12 +52,6 @@ class Percentile(HistogramObserver):
         low = torch.where(seen.low < 0, low, seen.low)
         high = torch.where(seen.high > 0, high, seen.high)
         return low.clamp(min=seen.low, max=seen.high), high.clamp(min=seen.low, max=seen.high)
-
-
-def _check(spec: QuantSpec) -> None:
-    if spec.grid.startswith("float16"):
-        reason = f"observer 'percentile' chooses a range, and {spec.describe()} has a fixed one"
-        raise OptionError(reason, action="use minmax")
 
 
 def _cut(counts: Tensor, tail: Tensor) -> Tensor:

@@ -37,12 +37,11 @@ CHUNK = 1 << 22
 class PowerFloor(HistogramObserver):
     """The fraction length of least squared error over everything seen; for scales that are powers of two."""
 
-    def __init__(self, spec: QuantSpec):
-        super().__init__(spec)
-        check_powers("pot_floor", spec)
+    def check(self) -> None:
+        check_powers("pot_floor", self.spec)
 
     def range(self) -> tuple[Tensor, Tensor]:
-        check_powers("pot_floor", self.spec)
+        self.check()
         return limits(best_scale(self.histogram, self.spec), self.histogram, self.spec)
 
 

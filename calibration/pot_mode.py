@@ -38,7 +38,6 @@ class PowerMode(Observer):
 
     def __init__(self, spec: QuantSpec):
         super().__init__(spec)
-        check_powers("pot_mode", spec)
         self._together = 1
         self._last = 0
         self._votes: list[Histogram] = []
@@ -52,8 +51,11 @@ class PowerMode(Observer):
         self._votes[-1].update(rows, low, high)
         self._last += 1
 
-    def range(self) -> tuple[Tensor, Tensor]:
+    def check(self) -> None:
         check_powers("pot_mode", self.spec)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        self.check()
         assert self._votes, "no batch was seen"
         whole = Histogram(len(self._votes[0].low), BINS)
         for one in self._votes:

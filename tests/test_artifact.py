@@ -95,7 +95,7 @@ def test_a_killed_process_leaves_no_half_artifact(older: bool, tmp_path: Path) -
     code = f"""
 import os, signal
 from pathlib import Path
-from qdeploy import artifact
+from qdeploy.export import artifact
 with artifact.staged(Path({str(tmp_path / "out")!r})) as fresh:
     fresh.mkdir()
     (fresh / "model.onnx").write_bytes(b"half of")

@@ -75,3 +75,17 @@ def copy(module: fx.GraphModule, own_parameters: bool = False) -> fx.GraphModule
             if isinstance(found, nn.Parameter) and found is parameter(module, str(node.target)):
                 set_parameter(made, str(node.target), found.detach().clone().requires_grad_(found.requires_grad))
     return made
+
+
+def free_path(module: fx.GraphModule, path: str) -> str:
+    """`path`, or with a number behind it where something has that name."""
+    owner, _, name = path.rpartition(".")
+    try:
+        holder = module.get_submodule(owner)
+    except AttributeError:
+        return path
+    free, count = name, 0
+    while hasattr(holder, free):
+        count += 1
+        free = f"{name}_{count}"
+    return f"{owner}.{free}".lstrip(".")

@@ -11,7 +11,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -24,11 +24,20 @@ from qdeploy.core.spec import QuantSpec
 class Observer(ABC):
     """Statistics of a stream. Subclasses take `spec` and their own keyword options, and register with `@observer(name)`.
 
-    What `update` gathers does not depend on `spec`; only `range` does.
+    What `update` gathers does not depend on `spec`; only `range` does, which therefore calls `check` as well.
     """
+
+    even_codes: ClassVar[str] = ""
+    """Why it is for codes with even steps only, with `{}` in place of another scheme; empty where it is for all."""
 
     def __init__(self, spec: QuantSpec):
         self.spec = spec
+        self.check()
+
+    def check(self) -> None:
+        """`OptionError` where there is no range for `spec`."""
+        if self.even_codes and not self.spec.linear:
+            raise OptionError(f"observer {self.even_codes.format(self.spec.describe())}", action="use minmax")
 
     def seen_as(self, spec: QuantSpec) -> Self:
         """The same statistics, for the range of another spec."""
