@@ -21,8 +21,7 @@ from torch.export import ExportedProgram
 
 from qdeploy.capture import fold, outputs
 from qdeploy.capture.capture import Captured, capture
-from qdeploy.capture.dimensions import Dynamic
-from qdeploy.capture.signature import Batch
+from qdeploy.capture.inputs import Batch, Dynamic
 from qdeploy.core.backend import Backend
 from qdeploy.core.errors import InputError, OptionError
 from qdeploy.core.progress import SampleProgress, StepProgress, no_progress, no_step_progress
@@ -79,7 +78,7 @@ def prepare(
     `example_inputs` is a tensor, a tuple of tensors or a mapping from input names to tensors, with any batch size (None for an
     ExportedProgram). `first_last_bits` is the weight width of the first and the last layer. The schemes are words such as "int4
     symmetric per-channel", for backends that leave the choice. `dynamic` names further dimensions whose size may vary, such as
-    `{"x": {2: "height", 3: "width"}}`; see `qdeploy.capture.dimensions`. Raises `CaptureError`, `OptionError` or `InputError`.
+    `{"x": {2: "height", 3: "width"}}`; see `qdeploy.capture.inputs`. Raises `CaptureError`, `OptionError` or `InputError`.
     """
     widths = Widths(weight=weight_bits, activation=activation_bits, first_last=first_last_bits)
     target = with_schemes(find_backend(backend), weight_scheme, activation_scheme)
@@ -102,11 +101,7 @@ def prepare_all(
 
 
 def _prepare(captured: Captured, targets: tuple[Backend, ...], recipe: Recipe, widths: Widths, seed: int) -> tuple[Prepared, ...]:
-    fold.fold_batch_norms(captured.module)
-    fold.plain_batch_norms(captured.module)
-    if any(step.needs_biases for step in step_runner.made_steps(recipe)):
-        fold.add_biases(captured.module)
-    fold.untie_biases(captured.module)
+    fold.fold(captured.module, with_biases=any(step.needs_biases for step in step_runner.made_steps(recipe)))
     shared: dict[object, Observer] = {}
     plans = [make_plan(captured.module, target, widths) for target in targets]
     return tuple(_prepared(captured, plan, target, recipe, seed, shared) for plan, target in zip(plans, targets, strict=True))

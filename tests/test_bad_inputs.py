@@ -590,7 +590,7 @@ def content(place: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() if path.is_file() else b"" for path in paths}
 
 
-# a program's input that is no tensor fails in qdeploy.capture.program_inputs
+# a program's input that is no tensor fails in qdeploy.capture.inputs.program_inputs
 
 
 @pytest.mark.parametrize("name", QUANTIZE)

@@ -9,18 +9,16 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from qdeploy.capture import decompose, dimensions, outputs, simplify
-from qdeploy.capture.dimensions import Dynamic
-from qdeploy.capture.signature import Batch, Call, check_batch, ordered
+from qdeploy.capture import decompose, inputs, outputs, simplify
+from qdeploy.capture.inputs import Batch, Call, Dynamic
 from qdeploy.core.errors import CaptureError, InputError
 from qdeploy.core.spec import TensorSpec
 from qdeploy.graph import edit, query
@@ -52,9 +50,9 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Batch | None, dy
         raise InputError("the model is no nn.Module and no ExportedProgram", found=type(model).__name__)
     notes: list[str] = []
     if isinstance(model, ExportedProgram):
-        example, program, opened = _from_program(model, example_inputs, dynamic, notes)
+        example, program, specs = _from_program(model, example_inputs, dynamic or {}, notes)
     else:
-        example, program, opened = _from_module(model, _call(model, example_inputs), dynamic, notes)
+        example, program, specs = _from_module(model, _call(model, example_inputs, dynamic or {}), dynamic is None, notes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, while it copies its programs
         program = program.run_decompositions(decompose.DECOMPOSITIONS)
@@ -63,96 +61,78 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Batch | None, dy
     outputs.check(module)
     _by_place(module)
     _own_parameters(module)
-    simplify.fold_constants(module)
-    simplify.fold_repeats(module)
-    simplify.drop_nothing_ops(module)
-    simplify.drop_expands(module)
-    simplify.loosen_views(module)
-    simplify.plain_averages(module)
-    simplify.name_gates(module)
-    simplify.infer_batch(module)
-    simplify.soften_masks(module)
+    simplify.simplify(module)
     placeholders = module.graph.find_nodes(op="placeholder")
-    if len(placeholders) != len(opened):
-        other = next(node.name for node in placeholders if node.name not in opened)
+    if len(placeholders) != len(specs):
+        known = {spec.name for spec in specs}
+        other = next(node.name for node in placeholders if node.name not in known)
         raise InputError(f"input '{other}' of the model is no tensor", action="export it with tensors only")
-    _name_tensors(module, tuple(opened))
-    inputs = tuple(_input_spec(node, found) for node, found in zip(placeholders, opened.values(), strict=True))
-    return Captured(module=module, inputs=inputs, example=example, notes=tuple(notes))
+    _name_tensors(module, [spec.name for spec in specs])
+    return Captured(module=module, inputs=specs, example=example, notes=tuple(notes))
 
 
-def _from_module(
-    model: nn.Module, given: Call, dynamic: Dynamic | None, notes: list[str]
-) -> tuple[tuple[Tensor, ...], ExportedProgram, dict[str, dict[int, str]]]:
-    """An example for a module, its program, and its open dimensions."""
-    left = model.meta.get(dimensions.MARK) if isinstance(model, fx.GraphModule) else None
-    if dynamic is None and left:  # by a file: a wish, and no promise
+Traced = tuple[tuple[Tensor, ...], ExportedProgram, tuple[TensorSpec, ...]]
+"""An example, the program, and its inputs with what stays open of them."""
+
+
+def _from_module(model: nn.Module, given: Call, by_file: bool, notes: list[str]) -> Traced:
+    """Export a module. `by_file`: what its own file leaves open stays open, as far as it can."""
+    left = model.meta.get(inputs.OPEN) if isinstance(model, fx.GraphModule) and by_file else None
+    if left:  # a wish, and no promise
         try:
-            return _from_module(model, given, left, notes)
+            return _from_module(model, replace(given, dynamic=left), False, notes)
         except (CaptureError, InputError) as error:
             notes.append(f"sizes that the file leaves open are those of the example: {error}")
-    wanted = dynamic or {}
-    # torch.export takes a batch of 1 for a constant, so the example has at least 2
-    call = given.changed(lambda _, t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t)
-    dimensions.check(wanted, call.names, call.tensors)
+    call = given.to_export()
     try:
-        program = _export(model, call, wanted)
+        program = _export(model, call)
     except CaptureError as error:
-        call, program = given, _at_one_batch(model, given, wanted, error)
+        call, program = given, _at_one_batch(model, given, error)
         batch = next((t.shape[0] for t in given.tensors if t.dim()), 1)
-        why = dimensions.reason(error.__cause__ or error)
+        why = inputs.fixed_size_reason(error.__cause__ or error)
         notes.append(f"the batch stays fixed at {batch}, that of the example: the model does not leave it open ({why})")
-    opened = dimensions.named(_inputs(program), call.names, wanted)
-    beyond = {name: {d: size for d, size in found.items() if d} for name, found in opened.items()}
-    if wanted:
-        dimensions.prove(program, call, beyond)
-    return call.tensors, program, opened
+    return call.tensors, program, call.specs(program)
 
 
-def _at_one_batch(model: nn.Module, given: Call, dynamic: Dynamic, error: CaptureError) -> ExportedProgram:
+def _at_one_batch(model: nn.Module, given: Call, error: CaptureError) -> ExportedProgram:
     """The program for the batch of the example alone, where it is the batch that cannot be open; else `error`."""
     try:
-        return _export(model, given, dynamic, open_batch=False)
+        return _export(model, given, open_batch=False)
     except CaptureError:
         raise error from error.__cause__
 
 
-def _from_program(
-    model: ExportedProgram, given: Batch | None, dynamic: Dynamic | None, notes: list[str]
-) -> tuple[tuple[Tensor, ...], ExportedProgram, dict[str, dict[int, str]]]:
-    """An example for a program, the program with an open batch, and its open dimensions."""
-    nodes = _inputs(model)
+def _from_program(model: ExportedProgram, given: Batch | None, dynamic: Dynamic, notes: list[str]) -> Traced:
+    """A program with an open batch, where it can have one."""
+    nodes = inputs.input_nodes(model)
     names = [node.name for node in nodes]
     own = tuple(_like(node) for node in nodes)
-    dimensions.check(dynamic or {}, names, own)
-    opened = dimensions.named(nodes, names, dynamic or {})
-    for name, wanted in (dynamic or {}).items():
-        for dimension, size in wanted.items():
-            if dimension not in opened[name]:
-                what = f"the exported program does not leave '{size}' open (dimension {dimension} of input '{name}')"
-                raise CaptureError(
-                    what, found=list(own[names.index(name)].shape), action="export it with this dimension in dynamic_shapes"
-                )
+    inputs.check_dynamic(dynamic, names, own)
+    specs = inputs.specs(nodes, names, dynamic)
+    for spec, tensor in zip(specs, own, strict=True):
+        for dimension, size in dynamic.get(spec.name, {}).items():
+            if dimension not in spec.names:
+                what = f"the exported program does not leave '{size}' open (dimension {dimension} of input '{spec.name}')"
+                raise CaptureError(what, found=list(tensor.shape), action="export it with this dimension in dynamic_shapes")
     example = own
     if given is not None:
-        example = _tensors(ordered(given, names, "the example"))
-        check_batch(example, [_input_spec(node, found) for node, found in zip(nodes, opened.values(), strict=True)], "the example")
-        if any(t.shape[d] == 1 for name, t in zip(names, example, strict=True) for d in opened[name]):
+        example = inputs.checked(_tensors(inputs.ordered(given, names, "the example")), specs, "the example")
+        if any(t.shape[d] == 1 for spec, t in zip(specs, example, strict=True) for d in spec.names):
             example = own  # what is exported again takes a size of 1 for a constant
     if _is_dynamic(model) and all(_is_plain(size) for node in nodes for size in node.meta["val"].shape):
-        return example, model, opened
-    program = _make_dynamic(model, example, opened, notes)
-    return example, program, dimensions.named(_inputs(program), names, opened)
+        return example, model, specs
+    program = _make_dynamic(model, example, specs, notes)
+    return example, program, inputs.specs(inputs.input_nodes(program), names, {spec.name: spec.names for spec in specs})
 
 
-def _call(model: nn.Module, given: Batch | None) -> Call:
+def _call(model: nn.Module, given: Batch | None, dynamic: Dynamic) -> Call:
     if given is None:
         raise InputError("example inputs are missing", action="give a tensor, a tuple of tensors or a mapping from names to tensors")
     if not isinstance(given, Tensor | Sequence | Mapping):
         action = "give a tensor, a tuple of tensors or a mapping from names to tensors"
         raise InputError("example inputs are no tensors", found=type(given).__name__, action=action)
-    _tensors(given.values() if isinstance(given, Mapping) else ordered(given, ()))
-    return Call.of(model, given).changed(lambda _, t: t.clone())
+    _tensors(given.values() if isinstance(given, Mapping) else inputs.ordered(given, ()))
+    return Call.of(model, given, dynamic).changed(lambda _, t: t.clone())
 
 
 def _tensors(given: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -165,18 +145,6 @@ def _tensors(given: Iterable[Tensor]) -> tuple[Tensor, ...]:
     if not tensors:
         raise InputError("example inputs are empty", action="give at least one tensor")
     return tensors
-
-
-def program_inputs(program: ExportedProgram) -> tuple[TensorSpec, ...]:
-    """The inputs of an exported program."""
-    nodes = _inputs(program)
-    opened = dimensions.named(nodes, [node.name for node in nodes], {})
-    return tuple(_input_spec(node, found) for node, found in zip(nodes, opened.values(), strict=True))
-
-
-def _inputs(program: ExportedProgram) -> list[fx.Node]:
-    names = set(program.graph_signature.user_inputs)
-    return [node for node in program.graph.find_nodes(op="placeholder") if node.name in names]
 
 
 def _like(node: fx.Node) -> Tensor:
@@ -198,20 +166,17 @@ def _is_plain(size: int | torch.SymInt) -> bool:
 def _is_dynamic(program: ExportedProgram) -> bool:
     return any(
         isinstance(node.meta["val"], Tensor) and node.meta["val"].dim() and not isinstance(node.meta["val"].shape[0], int)
-        for node in _inputs(program)
+        for node in inputs.input_nodes(program)
     )
 
 
-def _export(model: nn.Module, call: Call, dynamic: Dynamic, open_batch: bool = True) -> ExportedProgram:
-    def shape(name: str, tensor: Tensor) -> dict[int, Any] | None:
-        more: dict[int, Any] = {dimension: Dim.DYNAMIC for dimension in dynamic.get(name, {}) if dimension}
-        return ({0: Dim(dimensions.BATCH)} if open_batch else {}) | more if tensor.dim() else None
-
+def _export(model: nn.Module, call: Call, open_batch: bool = True) -> ExportedProgram:
     try:
         with torch.no_grad(), _inference(model):
-            return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=call.map(shape), strict=False)
+            shapes = call.dynamic_shapes(open_batch)
+            return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # the user's own forward runs here and may raise anything
-        raise dimensions.explained(error, dynamic) or _explain(error) from error
+        raise inputs.fixed_size_error(error, call.dynamic) or _explain(error) from error
 
 
 @contextmanager
@@ -242,7 +207,9 @@ def _explain(error: Exception) -> CaptureError:
     )
 
 
-def _make_dynamic(program: ExportedProgram, example: tuple[Tensor, ...], opened: Dynamic, notes: list[str]) -> ExportedProgram:
+def _make_dynamic(
+    program: ExportedProgram, example: tuple[Tensor, ...], specs: Sequence[TensorSpec], notes: list[str]
+) -> ExportedProgram:
     """`program` with a dynamic batch, where its graph computes the same for two samples at once; else unchanged, with a note."""
     single = program.module(check_guards=False)
     assert isinstance(single, fx.GraphModule)
@@ -250,8 +217,9 @@ def _make_dynamic(program: ExportedProgram, example: tuple[Tensor, ...], opened:
     other = tuple(t.flip(tuple(range(t.dim()))) / 2 if t.is_floating_point() and t.dim() else t for t in example)
     doubled = tuple(torch.cat(pair) if pair[0].dim() else pair[0] for pair in zip(example, other, strict=True))
     try:
-        call = Call.of(single, doubled)
-        dynamic = _export(single, call, dict(zip(call.names, opened.values(), strict=True)))
+        call = Call.of(single, doubled, {})
+        opened = {name: spec.names for name, spec in zip(call.names, specs, strict=True)}
+        dynamic = _export(single, replace(call, dynamic=opened))
         both = pytree.tree_leaves(dynamic.module(check_guards=False)(*doubled))
         halves = [pytree.tree_leaves(single(*half)) for half in (example, other)]
         wanted = [torch.cat(pair) for pair in zip(*halves, strict=True)]
@@ -260,7 +228,7 @@ def _make_dynamic(program: ExportedProgram, example: tuple[Tensor, ...], opened:
         same = False
     if same:
         return dynamic
-    batch = next((spec.shape[0] for spec in program_inputs(program) if spec.shape), 1)
+    batch = next((spec.shape[0] for spec in inputs.program_inputs(program) if spec.shape), 1)
     notes.append(f"the batch stays fixed at {batch}, as it was exported; export with a dynamic batch to change that")
     return program
 
@@ -278,16 +246,6 @@ def _by_place(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _input_spec(node: fx.Node, opened: Mapping[int, str]) -> TensorSpec:
-    made = node.meta["val"]
-    if not isinstance(made, Tensor):
-        found = type(made).__name__
-        raise InputError(f"input '{node.name}' of the model is no tensor", found=found, action="export it with tensors only")
-    shape = tuple(size if isinstance(size, int) else None for size in made.shape)
-    dtype = str(made.dtype).removeprefix("torch.")
-    return TensorSpec(name=query.tensor_name(node), shape=shape, dtype=dtype, open=tuple(opened.values()))
-
-
 def _own_parameters(module: fx.GraphModule) -> None:
     for owner in module.modules():
         for name, parameter in list(owner._parameters.items()):
@@ -298,14 +256,14 @@ def _own_parameters(module: fx.GraphModule) -> None:
                 owner._buffers[name] = buffer.detach().clone()
 
 
-def _name_tensors(module: fx.GraphModule, inputs: Sequence[str]) -> None:
+def _name_tensors(module: fx.GraphModule, names: Sequence[str]) -> None:
     """Give every tensor the path of the module that makes it; `.op` is added where the module is the user's own.
 
-    Inputs have the names `inputs`, and outputs that have keys are called so.
+    Inputs have the names `names`, and outputs that have keys are called so.
     """
     taken = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
-    given = dict(zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    keys = outputs.keys(module, taken | set(inputs))
+    given = dict(zip(module.graph.find_nodes(op="placeholder"), names, strict=True))
+    keys = outputs.keys(module, taken | set(names))
     taken |= {key for node, key in keys.items() if node.op == "call_function"}
     for node in module.graph.nodes:
         if node in keys and node.op == "call_function":

@@ -20,6 +20,15 @@ from qdeploy.graph import edit, query
 from qdeploy.graph.layer import Layer, layers
 
 
+def fold(module: fx.GraphModule, with_biases: bool) -> None:
+    """Leave no batch norm, and give every layer a bias of its own; with `with_biases` also where it has none."""
+    fold_batch_norms(module)
+    plain_batch_norms(module)
+    if with_biases:
+        add_biases(module)
+    untie_biases(module)
+
+
 class BatchNorm:
     """A batch norm in inference: its numbers are constants, float64 `[C]`, and its output is `gain * x + shift`."""
 
@@ -54,10 +63,11 @@ class BatchNorm:
 
 
 def _batch_norms(module: fx.GraphModule) -> Iterator[BatchNorm]:
-    """All whose numbers are constants."""
+    """All whose numbers are constants, for a pass that replaces them; the graph is tidied behind it."""
     for node in list(module.graph.nodes):
         if node.op == "call_function" and query.op_of(node).name == "batch_norm" and _has_statistics(node):
             yield BatchNorm(module, node)
+    edit.finish(module)
 
 
 def _has_statistics(norm: fx.Node) -> bool:
@@ -66,9 +76,7 @@ def _has_statistics(norm: fx.Node) -> bool:
 
 def fold_batch_norms(module: fx.GraphModule) -> int:
     """Fold every batch norm that is the only reader of a layer with constant weights. Returns the number folded."""
-    count = sum(_fold(norm) for norm in _batch_norms(module))
-    edit.finish(module)
-    return count
+    return sum(_fold(norm) for norm in _batch_norms(module))
 
 
 def _fold(norm: BatchNorm) -> bool:
@@ -101,7 +109,6 @@ def plain_batch_norms(module: fx.GraphModule) -> int:
         if not _fold_forward(norm):
             _make_plain(norm)
         count += 1
-    edit.finish(module)
     return count
 
 
@@ -160,9 +167,7 @@ def _make_plain(norm: BatchNorm) -> None:
 
 def add_biases(module: fx.GraphModule) -> int:
     """Give every layer with constant weights a bias, of zeros where it had none. Returns the number added."""
-    count = sum(layer.add_bias() for layer in layers(module))
-    edit.finish(module)
-    return count
+    return sum(layer.add_bias() for layer in layers(module))
 
 
 def untie_biases(module: fx.GraphModule) -> int:
@@ -176,5 +181,4 @@ def untie_biases(module: fx.GraphModule) -> int:
             seen.add(layer.untie_bias())
             count += 1
         seen.add(str(layer.bias.target))
-    edit.finish(module)
     return count

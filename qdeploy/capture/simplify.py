@@ -34,6 +34,19 @@ _FILLED = frozenset({"new_zeros", "new_ones", "new_full", "zeros_like", "ones_li
 _BROADCASTS = frozenset({"add", "sub", "rsub", "mul", "div", "pow", "maximum", "minimum", "where"})
 
 
+def simplify(module: fx.GraphModule) -> None:
+    """All passes, in the order in which one makes work for the next."""
+    fold_constants(module)
+    fold_repeats(module)
+    drop_nothing_ops(module)
+    drop_expands(module)
+    loosen_views(module)
+    plain_averages(module)
+    name_gates(module)
+    infer_batch(module)
+    soften_masks(module)
+
+
 def drop_nothing_ops(module: fx.GraphModule) -> int:
     """Remove ops that return their input unchanged (dropout in inference, clone, a slice of everything) or nothing at all."""
     count = 0

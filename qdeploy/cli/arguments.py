@@ -53,7 +53,7 @@ def load(
     """The model, and its inputs: those of an exported program, of --input-shape, or of the data's own arrays."""
     from torch.export import ExportedProgram
 
-    from qdeploy.capture.capture import program_inputs
+    from qdeploy.capture.inputs import program_inputs
     from qdeploy.files.data import array_specs
     from qdeploy.files.model import load_model
 
@@ -72,7 +72,7 @@ def load(
 
 def _by_name(model: Any, specs: tuple[TensorSpec, ...], by_place: bool) -> tuple[TensorSpec, ...]:
     """The inputs with the names of forward's parameters, in their order; arrays of a file are found by name."""
-    from qdeploy.capture.signature import parameters
+    from qdeploy.capture.inputs import parameters
 
     names = parameters(model)
     if by_place or len(specs) == 1:
@@ -135,7 +135,7 @@ def example(model: Any, specs: Sequence[TensorSpec], tensors: Sequence[Any]) -> 
     """What a module is captured with: tensors by the names of its inputs, where it has several with names. A program has its own."""
     import torch
 
-    from qdeploy.capture.signature import parameters
+    from qdeploy.capture.inputs import parameters
 
     if not isinstance(model, torch.nn.Module):
         return None

@@ -95,8 +95,9 @@ class Layer:
 
 
 def layers(module: fx.GraphModule) -> Iterator[Layer]:
-    """All layers, in graph order; what is found behind an edit is found as it then is."""
+    """All layers, in graph order, for a pass that edits them: each as it then is. The graph is tidied behind the pass."""
     for node in list(module.graph.nodes):
         found = Layer.at(module, node)
         if found is not None:
             yield found
+    edit.finish(module)

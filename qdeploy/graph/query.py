@@ -84,6 +84,13 @@ def argument(node: fx.Node, position: int | None) -> fx.Node | None:
     return found if isinstance(found, fx.Node) else None
 
 
+def constants(node: fx.Node) -> set[fx.Node]:
+    """The weight and the bias of `node`, as far as they are parameters and not computed."""
+    op = op_of(node)
+    found = (argument(node, op.weight), argument(node, op.bias))
+    return {n for n in found if n is not None and n.op == "get_attr"}
+
+
 def parameter(module: nn.Module, path: str) -> Tensor:
     """The parameter or buffer at a dotted path."""
     owner, _, name = path.rpartition(".")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
-from qdeploy.capture.dimensions import BATCH, MARK
+from qdeploy.capture.inputs import BATCH, OPEN
 from qdeploy.core.errors import CaptureError, InputError, QDeployError
 from qdeploy.importing import fuse
 from qdeploy.importing.elementwise import torch_dtype
@@ -36,7 +36,7 @@ def load(path: Path, ends: Sequence[str] = ()) -> ExportedProgram | fx.GraphModu
         raise type(error)(f"'{path}': {error}") from error
     fuse.fuse(module)
     if any(size is None for shape in shapes for size in shape[1:]):
-        module.meta[MARK] = _left_open(module, inputs)
+        module.meta[OPEN] = _left_open(module, inputs)
         return module
     example = tuple(_example(value, shape) for value, shape in zip(inputs, shapes, strict=True))
     return _export(path, module, example, shapes)

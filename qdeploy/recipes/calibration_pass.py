@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor, fx
 
-from qdeploy.capture.signature import Batch, ordered
+from qdeploy.capture.inputs import Batch
 from qdeploy.core.errors import InputError, OptionError
 from qdeploy.core.progress import SampleProgress, StepProgress
 from qdeploy.core.recipe import Choice, Recipe
@@ -176,8 +176,7 @@ def observe(
 
 
 def _checked(prepared: Prepared, kept: KeptSamples, item: Batch) -> tuple[Tensor, ...]:
-    batch = ordered(item, [spec.name for spec in prepared.captured.inputs])
-    prepared.check(batch)
+    batch = prepared.batch(item)
     kept.check(batch)
     return batch
 

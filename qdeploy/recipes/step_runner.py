@@ -25,7 +25,7 @@ from qdeploy.core.progress import StepProgress, no_step_progress
 from qdeploy.core.recipe import EXTREMES, Recipe, StepChoice
 from qdeploy.core.spec import QuantSpec, Role
 from qdeploy.core.version import __version__
-from qdeploy.graph import edit, query
+from qdeploy.graph import edit
 from qdeploy.graph.flow import run
 from qdeploy.graph.observe import insert_observers
 from qdeploy.numerics.observer import Observer, make_observer
@@ -121,29 +121,21 @@ def run_float_steps(prepared: Prepared, preview: Sequence[Tensor], progress: Ste
     for _, choice, step in todo:
         original = prepared.floating
         prepared.set_floating(edit.copy(original, own_parameters=True))
-        _take_parameters(prepared)
+        prepared.take_parameters()
 
         def undo(original: torch.fx.GraphModule = original) -> None:
             prepared.set_floating(original)
-            _take_parameters(prepared)
+            prepared.take_parameters()
 
         before = _attempt(prepared, choice, partial(step.run, work), measure, undo, before, judge.metric)
-    _take_parameters(prepared)
+    prepared.take_parameters()
     prepared.chosen, prepared.biases = {}, {}
     prepared.set_mode("float")
 
 
-def _take_parameters(prepared: Prepared) -> None:
-    """Give the simulation the parameters of its float graph."""
-    with torch.no_grad():
-        for node in prepared.floating.graph.find_nodes(op="get_attr"):
-            path = str(node.target)
-            query.parameter(prepared.module, path).copy_(query.parameter(prepared.floating, path))
-
-
 def _glimpse(prepared: Prepared, preview: Sequence[Tensor]) -> None:
     """Quantize with ranges by min-max on a few samples."""
-    _take_parameters(prepared)
+    prepared.take_parameters()
     groups = observed_tensors(prepared.plan)
     specs = {planned.group: planned.spec for planned in prepared.plan.quantized if planned.spec is not None}
     seen = {group: make_observer(EXTREMES.observer, specs[group], {}) for group in groups}

@@ -120,12 +120,15 @@ class _Planner:
         self.order = {node: index for index, node in enumerate(self.nodes)}
         self.calls = [n for n in self.nodes if n.op == "call_function"]
         self.op = {n: query.op_of(n) for n in self.calls}
+        self.floats = {n for n in self.nodes if query.is_float(n)}
+        self.constants = {n: query.constants(n) for n in self.calls}
+        self.outputs = set(query.outputs(module.graph))
+        shapes = {n: query.geometry(n) for n in self.calls}
+        self.rule: dict[fx.Node, OpRule | None] = {n: backend.rule(self.op[n].name, shapes[n]) for n in self.calls}
         self.data = {n: self._data_inputs(n) for n in self.calls}
-        self.rule: dict[fx.Node, OpRule | None] = {n: backend.rule(self.op[n].name, query.geometry(n)) for n in self.calls}
         self.edges: dict[tuple[fx.Node, fx.Node], str] = {}
         self.made: dict[fx.Node, str] = {}
         self.notes: dict[fx.Node, str] = {}
-        self.outputs = set(query.outputs(module.graph))
         layers = [n for n in self.calls if self.op[n].weight is not None]
         self.ends = {layers[0], layers[-1]} if layers else set()
 
@@ -139,9 +142,9 @@ class _Planner:
         wide = {groups.root(s) for s, reader in self.edges if reader in self.ends} if ends != activation else set()
         tensors: list[TensorPlan] = []
         for node in self.nodes:
-            if query.is_float(node) and node.op in ("placeholder", "call_function"):
+            if node in self.floats and node.op in ("placeholder", "call_function"):
                 tensors.append(self._activation(node, groups, ends if groups.root(node) in wide else activation))
-            elif node.op == "get_attr" and query.is_float(node):
+            elif node.op == "get_attr" and node in self.floats:
                 tensors.extend(self._constant(node, activation))
         linear = all(t.spec is None or t.spec.linear for t in tensors)
         tie_free = linear and not any(map(self._passed_on, self.nodes))
@@ -183,12 +186,10 @@ class _Planner:
         return backend.check_bits("weight", ends) if ends and layer in self.ends else inner
 
     def _data_inputs(self, node: fx.Node) -> list[fx.Node]:
-        op = self.op[node]
-        parameters = {query.argument(node, position) for position in (op.weight, op.bias)}
-        constant = {p for p in parameters if p is not None and p.op == "get_attr"}
-        if op.kind == "norm":
+        constant = set(self.constants[node])
+        if self.op[node].kind == "norm":
             constant |= {n for n in node.all_input_nodes if n.op == "get_attr"} - self._gains(node)
-        return [n for n in node.all_input_nodes if (query.is_float(n) or self._is_split(n)) and n not in constant]
+        return [n for n in node.all_input_nodes if (n in self.floats or self._is_split(n)) and n not in constant]
 
     def _gains(self, norm: fx.Node) -> set[fx.Node]:
         """The scale and shift of a norm, where the target computes every op with integers; statistics are never quantized."""
@@ -199,7 +200,7 @@ class _Planner:
 
     def _is_split(self, node: fx.Node) -> bool:
         """Whether `node` makes the tuple of parts of one tensor, through which an encoding is carried as through any share op."""
-        return node in self.op and self.op[node].name == "split" and not query.is_float(node)
+        return node in self.op and self.op[node].name == "split" and node not in self.floats
 
     def _fused_tails(self) -> dict[fx.Node, fx.Node]:
         """Tail node -> head node, for heads that nothing else reads."""

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from qdeploy.capture.capture import Captured
-from qdeploy.capture.signature import check_batch, ordered
+from qdeploy.capture.inputs import Batch, checked, ordered
 from qdeploy.core.backend import Backend
 from qdeploy.core.recipe import Recipe
 from qdeploy.core.spec import Encoding
@@ -78,6 +78,13 @@ class Prepared(nn.Module):
         """Take `module` for the float graph."""
         self._floating = [module]
 
+    def take_parameters(self) -> None:
+        """Give the simulation the parameters of its float graph."""
+        with torch.no_grad():
+            for node in self.floating.graph.find_nodes(op="get_attr"):
+                path = str(node.target)
+                query.parameter(self.module, path).copy_(query.parameter(self.floating, path))
+
     def forward(self, *inputs: Tensor, **named: Tensor) -> object:
         """The simulation on a batch of inputs, by place or by name, or the float model before calibration."""
         if named:
@@ -141,9 +148,9 @@ class Prepared(nn.Module):
         assert self.calibrated
         return tuple(self.quantizers[planned.tensor].encoding(planned.tensor) for planned in self.plan.quantized)
 
-    def check(self, batch: Sequence[Tensor]) -> None:
-        """`InputError` unless `batch` fits the inputs of the model."""
-        check_batch(batch, self.captured.inputs)
+    def batch(self, item: Batch) -> tuple[Tensor, ...]:
+        """The tensors of a batch in the order of the model's inputs; `InputError` unless they fit these."""
+        return checked(item, self.captured.inputs)
 
     def remember(self, batch: Sequence[Tensor]) -> None:
         """Keep samples of `batch` for the artifact, up to the limits, and all of one size."""

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import fx
 
-from qdeploy.capture.signature import Batch, check_batch, ordered
+from qdeploy.capture.inputs import Batch, checked
 from qdeploy.core.errors import ArtifactError, InputError
 from qdeploy.core.progress import SampleProgress, no_progress
 from qdeploy.core.spec import TensorSpec
@@ -286,9 +286,7 @@ def _torch(module: fx.GraphModule, inputs: Sequence[Array]) -> list[Array]:
 def _arrays(batches: Iterable[Batch], artifact: Artifact) -> Iterator[list[Array]]:
     specs = [TensorSpec.from_json(spec) for spec in artifact.inputs]
     for batch in batches:
-        tensors = ordered(batch, [spec.name for spec in specs])
-        check_batch(tensors, specs)
-        yield [tensor.detach().cpu().numpy() for tensor in tensors]
+        yield [tensor.detach().cpu().numpy() for tensor in checked(batch, specs)]
 
 
 def _number_faults(artifact: Artifact) -> list[str]:
