@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import networks
 import pytest
 import torch
+
+# a shell starts what it puts in the background with interrupts ignored, and what is ignored here is ignored in our children
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -567,7 +567,7 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
     capfd.readouterr()
     status: object = 0
     try:
-        main.main()
+        main()
     except SystemExit as end:
         status = end.code
     shown = capfd.readouterr()

@@ -100,7 +100,7 @@ def run(*arguments: object) -> int:
     before = sys.argv
     sys.argv = ["qdeploy", *map(str, arguments)]
     try:
-        main.main()
+        main()
     except SystemExit as end:
         return int(end.code or 0)
     finally:

@@ -28,7 +28,7 @@ def run(*arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
     """The exit status of the program with these arguments."""
     monkeypatch.setattr(sys, "argv", ["qdeploy", *map(str, arguments)])
     try:
-        main.main()
+        main()
     except SystemExit as end:
         return int(end.code or 0)
     return 0

@@ -357,7 +357,7 @@ def run(*arguments: object) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["qdeploy", *map(str, arguments)])
         try:
-            main.main()
+            main()
         except SystemExit as end:
             return int(end.code or 0)
     return 0

@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -359,7 +360,9 @@ def kills() -> str:
     same = kept = 0
     for number in range(KILLS):
         out = place / f"out{number}"
-        process = subprocess.Popen([*command, str(out)], cwd=root)
+        # where the shell ignores interrupts, so would the process
+        heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        process = subprocess.Popen([*command, str(out)], cwd=root, preexec_fn=heed)
         time.sleep(draw.uniform(0.2, 0.95) * whole)
         process.send_signal(draw.choice((signal.SIGKILL, signal.SIGINT)))
         process.wait()
