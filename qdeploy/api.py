@@ -22,10 +22,11 @@ from torch.export import ExportedProgram
 from qdeploy.capture import fold, outputs
 from qdeploy.capture.capture import Captured, capture
 from qdeploy.capture.inputs import Batch, Dynamic
-from qdeploy.core.backend import Backend
+from qdeploy.core.backend import Backend, Format
 from qdeploy.core.errors import InputError, OptionError
 from qdeploy.core.progress import SampleProgress, StepProgress, no_progress, no_step_progress
 from qdeploy.core.recipe import Recipe
+from qdeploy.core.spec import Encoding
 from qdeploy.core.targets import Target, Targets, find_backend, find_backends, with_schemes
 from qdeploy.core.version import __version__
 from qdeploy.export import artifact, emit
@@ -207,17 +208,24 @@ def convert(prepared: Prepared, out: str | Path, file_format: str | None = None)
         raise OptionError("the model is not calibrated", action="call qdeploy.calibrate first")
     out = Path(out)
     artifact.check_free(out)
-    backend = prepared.backend
-    form = backend.choose_format(file_format)
+    form = prepared.backend.choose_format(file_format)
     encodings = prepared.encodings()
     files, float_bytes, note = emit.files(prepared, form, encodings)
     if form.write is not None:
         written = form.write(emitted(files[artifact.MODEL], encodings))
-        assert tuple(written) == form.files, f"{backend.name}: {tuple(written)}"
+        assert tuple(written) == form.files, f"{prepared.backend.name}: {tuple(written)}"
         files |= {name: text.encode() for name, text in written.items()}
     reference = _reference(prepared)
     files[artifact.REFERENCE] = artifact.npz(reference)
-    manifest = {
+    notes = [*prepared.captured.notes, *note, *_open_sizes(prepared), *prepared.warnings(reference)]
+    made = {"notes": notes, "float_bytes": float_bytes}
+    return artifact.write(out, files, _origin(prepared, form) | made | _tensors(prepared, encodings))
+
+
+def _origin(prepared: Prepared, form: Format) -> dict[str, Any]:
+    """What the manifest says of how the artifact came about."""
+    backend = prepared.backend
+    return {
         "schema": artifact.SCHEMA,
         "qdeploy": __version__,
         "backend": backend.name,
@@ -230,8 +238,12 @@ def convert(prepared: Prepared, out: str | Path, file_format: str | None = None)
         "seed": prepared.seed,
         "calibration_samples": prepared.samples_seen,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")},
-        "notes": [*prepared.captured.notes, *note, *_open_sizes(prepared), *prepared.warnings(reference)],
-        "float_bytes": float_bytes,
+    }
+
+
+def _tensors(prepared: Prepared, encodings: Sequence[Encoding]) -> dict[str, Any]:
+    """What the manifest says of inputs, outputs, and every tensor: its encoding, or why it has none."""
+    return {
         "inputs": [asdict(spec) for spec in prepared.captured.inputs],
         "outputs": outputs.names(prepared.captured.module),
         "tie_free": prepared.plan.tie_free,
@@ -239,7 +251,6 @@ def convert(prepared: Prepared, out: str | Path, file_format: str | None = None)
         "float": {tensor.tensor: tensor.reason for tensor in prepared.plan.tensors if tensor.spec is None},
         "encodings": [encoding.to_json() for encoding in encodings],
     }
-    return artifact.write(out, files, manifest)
 
 
 def _open_sizes(prepared: Prepared) -> list[str]:

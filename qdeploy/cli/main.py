@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,7 @@ from qdeploy.cli.arguments import (
     Arch,
     BackendName,
     BackendNames,
+    CalibrationSource,
     DataPath,
     DynamicSizes,
     FirstLastBits,
@@ -38,8 +39,7 @@ from qdeploy.cli.console import Console, print_report, print_rows, print_steps, 
 from qdeploy.core.errors import OptionError, QDeployError
 
 if TYPE_CHECKING:
-    from qdeploy.api import Options
-    from qdeploy.core.backend import Backend
+    from qdeploy.core.spec import TensorSpec
     from qdeploy.files.data import Data
     from qdeploy.simulation.prepared import Prepared
     from qdeploy.verification.verify import Report
@@ -88,27 +88,23 @@ def quantize(
     """Quantize MODEL for a target or several, write the artifacts, and verify them on the runtimes that are installed."""
     from qdeploy import api
     from qdeploy.core.targets import find_backends
-    from qdeploy.export import artifact
     from qdeploy.files.data import open_data
 
     console = Console(as_json, quiet)
     targets = find_backends(backend)
-    places = [out / target.name if len(targets) > 1 else out for target in targets]
-    for target, place in zip(targets, places, strict=True):
-        target.choose_format(file_format)
-        artifact.check_free(place)
+    places = arguments.free_places(out, targets, file_format)
     arguments.check_choices(recipe, runtime, samples, seed)
-    for given, needed, what in (
-        (labels, verify_data, "--labels go with --verify-data"),
-        (data_labels, data, "--data-labels go with --data"),
-    ):
-        if given and not needed:
-            raise OptionError(what, action="name the samples that the labels belong to")
+    arguments.check_labels(("--labels", labels, "--verify-data", verify_data), ("--data-labels", data_labels, "--data", data))
     images = arguments.image_options(mean, std, resize)
     opened = arguments.dynamic_sizes(dynamic, input_shape)
+
     loaded, specs = arguments.load(model, arch, allow_pickle, input_shape, data)
     calibration = open_data(data, specs, images, data_labels).pick(samples, seed) if data else None
     evaluation = open_data(verify_data, arguments.loosened(specs, opened), images, labels) if verify_data else None
+    source = (
+        CalibrationSource.given(calibration, bool(data_labels)) if calibration else _distilled(loaded, specs, samples, seed, console)
+    )
+
     options = api.Options(
         recipe=recipe,
         weight_bits=weight_bits,
@@ -119,36 +115,39 @@ def quantize(
         activation_scheme=activation_scheme,
         dynamic=opened,
     )
-    if calibration is None:
-        example = arguments.zeros(specs)
-        with console.step_progress() as step_progress:
-            made = api.distill_data(loaded, example, samples, seed, step_progress)
-        console.say(f"no --data: calibrating on {sum(len(batch[0]) for batch in made)} images distilled from the batch-norm statistics")
-    else:
-        example = next(calibration.batches(1))  # also the batch of a model that fixes it
-    several = _prepare(loaded, arguments.example(loaded, specs, example), targets, options)
+    with silence_torch():
+        several = api.prepare_all(loaded, arguments.example(loaded, specs, source.example), targets, **options)
     folder = arguments.work_folder(out)
-    try:
-        with console.progress("calibrate", samples if calibration is None else arguments.count(calibration, several[0])) as progress:
-            stream: Iterable[Any] = made if calibration is None else arguments.batches(calibration, several[0])
-            with console.step_progress() as step_progress:
-                numbers = calibration.labels if calibration is not None and data_labels else None
-                api.calibrate_all(several, stream, progress, numbers, folder, resume, step_progress)
-    except KeyboardInterrupt:
-        console.say(f"interrupted; finished parts are in {folder}: run the same command with --resume to go on")
-        raise typer.Exit(130) from None
+    _calibrate(several, source, folder, resume, console)
     done = [_write(one, place, file_format, evaluation, runtime, console) for one, place in zip(several, places, strict=True)]
     arguments.drop_folder(folder)
+
     console.dump(done if len(targets) > 1 else done[0])
     if not all(row["verify"]["passed"] for row in done):
         raise typer.Exit(1)
 
 
-def _prepare(loaded: Any, example: Any, targets: Sequence[Backend], options: Options) -> Sequence[Prepared]:
+def _distilled(loaded: Any, specs: Sequence[TensorSpec], samples: int, seed: int, console: Console) -> CalibrationSource:
+    """Images made from the model's own statistics, where the user gives no data."""
     from qdeploy import api
 
-    with silence_torch():
-        return api.prepare_all(loaded, example, targets, **options)
+    example = arguments.zeros(specs)
+    with console.step_progress() as progress:
+        made = api.distill_data(loaded, example, samples, seed, progress)
+    count = sum(len(batch[0]) for batch in made)
+    console.say(f"no --data: calibrating on {count} images distilled from the batch-norm statistics")
+    return CalibrationSource(example=example, labels=None, count=lambda _: count, batches=lambda _: made)
+
+
+def _calibrate(several: Sequence[Prepared], source: CalibrationSource, folder: Path, resume: bool, console: Console) -> None:
+    from qdeploy import api
+
+    try:
+        with console.progress("calibrate", source.count(several[0])) as progress, console.step_progress() as step_progress:
+            api.calibrate_all(several, source.batches(several[0]), progress, source.labels, folder, resume, step_progress)
+    except KeyboardInterrupt:
+        console.say(f"interrupted; finished parts are in {folder}: run the same command with --resume to go on")
+        raise typer.Exit(130) from None
 
 
 def _write(

@@ -27,63 +27,76 @@ class Op:
     channel_axis: int = 0
 
 
-def _table() -> dict[str, Op]:
-    table: dict[str, Op] = {}
+_SIDES = (1, 2, 3)
+_LAYERS = {
+    "conv1d": ("conv1d.default", "conv1d.padding"),
+    "conv2d": ("conv2d.default", "conv2d.padding"),
+    "conv3d": ("conv3d.default", "conv3d.padding"),
+    "conv_transpose1d": ("conv_transpose1d.default",),
+    "conv_transpose2d": ("conv_transpose2d.input",),
+    "conv_transpose3d": ("conv_transpose3d.input",),
+    "linear": ("linear.default",),
+}
+"""Ops with a weight and a bias."""
+_OTHERS: dict[Kind, dict[str, tuple[str, ...]]] = {
+    "compute": {"matmul": ("matmul.default", "mm.default", "bmm.default")},
+    "arithmetic": {
+        **{name: (f"{name}.Tensor", f"{name}.Scalar") for name in ("add", "sub", "mul", "div")},
+        "maximum": (),
+        "minimum": (),
+    },
+    "activation": {
+        **dict.fromkeys(
+            ("relu", "sigmoid", "tanh", "silu", "gelu", "hardswish", "hardsigmoid", "leaky_relu", "elu", "prelu", "mish"), ()
+        ),
+        "relu6": (),
+        "clamp": ("hardtanh.default", "clamp.default", "clamp_min.default", "clamp_max.default"),
+        "softmax": ("softmax.int", "_softmax.default"),
+    },
+    "pool": {
+        **{f"{pool}{d}d": () for d in _SIDES for pool in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")},
+        "mean": ("mean.dim", "mean.default"),
+    },
+    "move": {
+        "reshape": ("view.default", "reshape.default", "flatten.using_ints", "_unsafe_view.default", "unflatten.int"),
+        "transpose": ("permute.default", "transpose.int", "t.default", "numpy_T.default", "movedim.int"),
+        "squeeze": ("squeeze.dim", "squeeze.dims", "squeeze.default"),
+        "slice": ("slice.Tensor", "narrow.default"),
+        "select": ("select.int",),
+        "index_select": (),
+        "split": ("split.Tensor", "split_with_sizes.default", "chunk.default", "unbind.int"),
+        "pad": ("pad.default", "constant_pad_nd.default"),
+        "expand": ("expand.default", "repeat.default"),
+        "concat": ("cat.default", "stack.default"),
+        **dict.fromkeys(("unsqueeze", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"), ()),
+    },
+    "norm": {
+        "batch_norm": ("batch_norm.default", "_native_batch_norm_legit_no_training.default"),
+        **dict.fromkeys(("layer_norm", "group_norm", "instance_norm"), ()),
+    },
+    "other": {
+        "interpolate": ("upsample_nearest2d.vec", "upsample_bilinear2d.vec"),
+        "embedding": (),
+        "where": ("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar"),
+    },
+}
+"""The overloads of all other ops by their names; none stands for the one called `default`."""
 
-    def add(kind: Kind, name: str, *overloads: str) -> None:
-        for overload in overloads or (f"{name}.default",):
-            table[f"aten.{overload}"] = Op(name=name, kind=kind)
 
-    for name in ("conv1d", "conv2d", "conv3d"):
-        for overload in ("default", "padding"):
-            table[f"aten.{name}.{overload}"] = Op(name=name, kind="compute", weight=1, bias=2)
-    for d, overload in ((1, "conv_transpose1d.default"), (2, "conv_transpose2d.input"), (3, "conv_transpose3d.input")):
-        table[f"aten.{overload}"] = Op(name=f"conv_transpose{d}d", kind="compute", weight=1, bias=2, channel_axis=1)
-    table["aten.linear.default"] = Op(name="linear", kind="compute", weight=1, bias=2)
-    add("compute", "matmul", "matmul.default", "mm.default", "bmm.default")
-
-    for name in ("add", "sub", "mul", "div"):
-        add("arithmetic", name, f"{name}.Tensor", f"{name}.Scalar")
-    for name in ("maximum", "minimum"):
-        add("arithmetic", name)
-
-    for name in ("relu", "sigmoid", "tanh", "silu", "gelu", "hardswish", "hardsigmoid", "leaky_relu", "elu", "prelu", "mish"):
-        add("activation", name)
-    add("activation", "relu6")
-    add("activation", "clamp", "hardtanh.default", "clamp.default", "clamp_min.default", "clamp_max.default")
-    add("activation", "softmax", "softmax.int", "_softmax.default")
-
-    for d in (1, 2, 3):
-        add("pool", f"max_pool{d}d")
-        add("pool", f"avg_pool{d}d")
-        add("pool", f"adaptive_avg_pool{d}d")
-        add("pool", f"adaptive_max_pool{d}d")
-    add("pool", "mean", "mean.dim", "mean.default")
-
-    add("move", "reshape", "view.default", "reshape.default", "flatten.using_ints", "_unsafe_view.default", "unflatten.int")
-    add("move", "transpose", "permute.default", "transpose.int", "t.default", "numpy_T.default", "movedim.int")
-    add("move", "squeeze", "squeeze.dim", "squeeze.dims", "squeeze.default")
-    add("move", "slice", "slice.Tensor", "narrow.default")
-    add("move", "select", "select.int")
-    add("move", "index_select")
-    add("move", "split", "split.Tensor", "split_with_sizes.default", "chunk.default", "unbind.int")
-    add("move", "pad", "pad.default", "constant_pad_nd.default")
-    add("move", "expand", "expand.default", "repeat.default")
-    add("move", "concat", "cat.default", "stack.default")
-    for name in ("unsqueeze", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"):
-        add("move", name)
-    table["<built-in function getitem>"] = Op(name="split", kind="move")
-
-    add("norm", "batch_norm", "batch_norm.default", "_native_batch_norm_legit_no_training.default")
-    for name in ("layer_norm", "group_norm", "instance_norm"):
-        add("norm", name)
-    add("other", "interpolate", "upsample_nearest2d.vec", "upsample_bilinear2d.vec")
-    add("other", "embedding")
-    add("other", "where", "where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
-    return table
+def _layer(name: str) -> Op:
+    return Op(name=name, kind="compute", weight=1, bias=2, channel_axis=1 if "transpose" in name else 0)
 
 
-OPS = _table()
+OPS = {
+    **{f"aten.{overload}": _layer(name) for name, overloads in _LAYERS.items() for overload in overloads},
+    **{
+        f"aten.{overload}": Op(name=name, kind=kind)
+        for kind, ops in _OTHERS.items()
+        for name, overloads in ops.items()
+        for overload in overloads or (f"{name}.default",)
+    },
+    "<built-in function getitem>": Op(name="split", kind="move"),
+}
 
 COMPUTE = frozenset(op.name for op in OPS.values() if op.kind == "compute")
 ARITHMETIC = frozenset(op.name for op in OPS.values() if op.kind == "arithmetic")

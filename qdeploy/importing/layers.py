@@ -260,25 +260,28 @@ def resize(
             f"cubic_coeff_a {cubic_coeff_a}",
             allowed="0, stretch, 0, -0.75",
         )
+    wanted, scale = _resized_sides(x, axes, scales, sizes)
+    if mode == "nearest":
+        return _nearest(x, wanted, scale, coordinate_transformation_mode, nearest_mode)
+    return _smooth(x, wanted, scale, mode, coordinate_transformation_mode)
+
+
+def _resized_sides(x: Tensor, axes: Ints, scales: Any, sizes: Any) -> tuple[list[Any], list[Any]]:
+    """The length of every side of an image and the factor that it is resized by; a factor is None where no number is known."""
     along = list(range(x.dim())) if axes is None else [a % x.dim() for a in axes]
     factors: dict[int, Any] = {}
     lengths: dict[int, Any] = {}
     for at, axis in enumerate(along):
-        lengths[axis] = sizes[at] if sizes else _length(x.shape[axis], scales[at])
-        factors[axis] = (
-            scales[at]
-            if not sizes
-            else None
-            if axis < 2 or is_symbolic([lengths[axis], x.shape[axis]])
-            else lengths[axis] / x.shape[axis]
-        )
+        before = x.shape[axis]
+        if not sizes:
+            lengths[axis], factors[axis] = _length(before, scales[at]), scales[at]
+            continue
+        known = axis >= 2 and not is_symbolic([sizes[at], before])
+        lengths[axis], factors[axis] = sizes[at], sizes[at] / before if known else None
     if any(axis < 2 and not isinstance(lengths[axis], torch.SymInt) and lengths[axis] != x.shape[axis] for axis in lengths):
         raise CaptureError("resizing of batch or channels is not supported", found=[*lengths.values()])
-    wanted = [lengths.get(axis, x.shape[axis]) for axis in range(2, x.dim())]
-    scale = [factors.get(axis, 1.0) for axis in range(2, x.dim())]
-    if mode == "nearest":
-        return _nearest(x, wanted, scale, coordinate_transformation_mode, nearest_mode)
-    return _smooth(x, wanted, scale, mode, coordinate_transformation_mode)
+    spatial = range(2, x.dim())
+    return [lengths.get(axis, x.shape[axis]) for axis in spatial], [factors.get(axis, 1.0) for axis in spatial]
 
 
 @operator("Upsample", settings=(1,))

@@ -197,6 +197,21 @@ def verify_artifact(
     rows = [_runtime_row(artifact, way, variant) for way, variant in chosen]
     if batches is not None and simulation is None:
         faults += _literal_faults(artifact, saved, steps)
+    _compare(references, rows, data, labels, steps, progress)
+    report = Report(results=tuple(row.result() for row in (*references, *rows)), faults=tuple(faults))
+    artifact.record("verify", report.to_json())
+    return report
+
+
+def _compare(
+    references: Sequence[_Row],
+    rows: Sequence[_Row],
+    data: Iterable[list[Array]],
+    labels: Array | None,
+    steps: Sequence[float],
+    progress: SampleProgress,
+) -> None:
+    """Show all data to all rows, which are compared with the last of `references`."""
     done = 0
     for inputs in data:
         count = len(inputs[0])
@@ -214,9 +229,6 @@ def verify_artifact(
         raise InputError("there is no data to verify with", action="give at least one sample")
     if labels is not None and len(labels) != done:
         raise InputError("there are more labels than samples", found=f"{len(labels)} labels, {done} samples")
-    report = Report(results=tuple(row.result() for row in (*references, *rows)), faults=tuple(faults))
-    artifact.record("verify", report.to_json())
-    return report
 
 
 def _choose(artifact: Artifact, names: str | Sequence[str] | None) -> list[tuple[Runtime, str]]:
