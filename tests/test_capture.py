@@ -374,8 +374,8 @@ def test_simplifying_counts_what_it_drops_and_changes_no_number(given: str):
     traced = make_fx(compute, pre_dispatch=True)(images(2))
     x = images(3)
     wanted = traced(x)
-    assert simplify.drop_nothing_ops(traced) == expected
-    assert simplify.drop_nothing_ops(traced) == 0
+    assert simplify.drop_no_ops(traced) == expected
+    assert simplify.drop_no_ops(traced) == 0
     assert torch.equal(traced(x), wanted)
 
 

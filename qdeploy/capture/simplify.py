@@ -37,17 +37,17 @@ _BROADCASTS = frozenset({"add", "sub", "rsub", "mul", "div", "pow", "maximum", "
 def simplify(module: fx.GraphModule) -> None:
     """All passes, in the order in which one makes work for the next."""
     fold_constants(module)
-    fold_repeats(module)
-    drop_nothing_ops(module)
+    fold_sample_constants(module)
+    drop_no_ops(module)
     drop_expands(module)
-    loosen_views(module)
-    plain_averages(module)
-    name_gates(module)
+    views_to_reshapes(module)
+    average_inside_only(module)
+    name_silu_gates(module)
     infer_batch(module)
-    soften_masks(module)
+    bound_masks(module)
 
 
-def drop_nothing_ops(module: fx.GraphModule) -> int:
+def drop_no_ops(module: fx.GraphModule) -> int:
     """Remove ops that return their input unchanged (dropout in inference, clone, a slice of everything) or nothing at all."""
     count = 0
     for node in list(module.graph.nodes):
@@ -63,7 +63,7 @@ def drop_nothing_ops(module: fx.GraphModule) -> int:
     return count
 
 
-def soften_masks(module: fx.GraphModule) -> int:
+def bound_masks(module: fx.GraphModule) -> int:
     """Write MASK where attention masks have -inf or the least number of float32, and mark the tensors that carry it.
 
     A softmax makes 0 of either, but arithmetic on the others ends in inf and NaN, and no range can be found for them. `meta["masked"]`
@@ -109,7 +109,7 @@ def fold_constants(module: fx.GraphModule) -> int:
     return len(fetched)
 
 
-def fold_repeats(module: fx.GraphModule) -> int:
+def fold_sample_constants(module: fx.GraphModule) -> int:
     """Make one stored sample, expanded to the batch, of what takes nothing but its size from the inputs: positions, masks.
 
     Exporters compute these anew for every sample, in ops that no target quantizes well. Proven by computing them for two batches.
@@ -239,7 +239,7 @@ def _repeats(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded not in node.target.tags
 
 
-def loosen_views(module: fx.GraphModule) -> int:
+def views_to_reshapes(module: fx.GraphModule) -> int:
     """Make reshapes of views: a view asks for one layout in memory, which a dropped clone made, and other layouts are faster."""
     count = 0
     for node in module.graph.nodes:
@@ -250,7 +250,7 @@ def loosen_views(module: fx.GraphModule) -> int:
     return count
 
 
-def plain_averages(module: fx.GraphModule) -> int:
+def average_inside_only(module: fx.GraphModule) -> int:
     """Count no border where there is none: an average whose last window ends outside is over what is inside, also in ONNX."""
     count = 0
     for node in module.graph.nodes:
@@ -261,7 +261,7 @@ def plain_averages(module: fx.GraphModule) -> int:
     return count
 
 
-def name_gates(module: fx.GraphModule) -> int:
+def name_silu_gates(module: fx.GraphModule) -> int:
     """Tell the sigmoid of a silu apart by a name of its own, so that the product keeps that of its module."""
     count = 0
     for node in module.graph.nodes:

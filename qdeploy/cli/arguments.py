@@ -119,7 +119,7 @@ def _parse_shape(text: str, position: int, count: int) -> TensorSpec:
     return TensorSpec(name=name, shape=(None, *sizes[1:]), dtype="float32")
 
 
-def loosened(specs: Sequence[TensorSpec], dynamic: dict[str, dict[int, str]] | None) -> list[TensorSpec]:
+def with_open_sizes(specs: Sequence[TensorSpec], dynamic: dict[str, dict[int, str]] | None) -> list[TensorSpec]:
     """`specs` for other data than that which they were read off: what stays open has any size."""
     opened = dynamic or {}
     shapes = [tuple(None if d in opened.get(spec.name, {}) else size for d, size in enumerate(spec.shape)) for spec in specs]
@@ -206,10 +206,10 @@ def _size(prepared: Prepared) -> int:
 
 def count(data: Data, prepared: Prepared) -> int:
     """How many samples are used: a fixed batch leaves out a remainder."""
-    return whole(len(data), None if prepared.captured.dynamic_batch else _size(prepared))
+    return in_whole_batches(len(data), None if prepared.captured.dynamic_batch else _size(prepared))
 
 
-def whole(count: int, batch: int | None) -> int:
+def in_whole_batches(count: int, batch: int | None) -> int:
     """`count` without what does not fill a fixed batch."""
     if batch is None:
         return count

@@ -100,7 +100,7 @@ def quantize(
 
     loaded, specs = arguments.load(model, arch, allow_pickle, input_shape, data)
     calibration = open_data(data, specs, images, data_labels).pick(samples, seed) if data else None
-    evaluation = open_data(verify_data, arguments.loosened(specs, opened), images, labels) if verify_data else None
+    evaluation = open_data(verify_data, arguments.with_open_sizes(specs, opened), images, labels) if verify_data else None
     source = (
         CalibrationSource.given(calibration, bool(data_labels)) if calibration else _distilled(loaded, specs, samples, seed, console)
     )
@@ -214,7 +214,7 @@ def verify(
         specs = [TensorSpec.from_json(spec) for spec in opened.inputs]
         samples = open_data(data, specs, arguments.image_options(mean, std, resize), labels)
         fixed = specs[0].shape[0]
-        used = arguments.whole(len(samples), fixed)
+        used = arguments.in_whole_batches(len(samples), fixed)
         numbers = None if samples.labels is None else samples.labels[:used]
         with console.progress("verify", used) as progress:
             report = api.verify(opened, samples.batches(fixed or arguments.BATCH, used), runtime, numbers, progress=progress)

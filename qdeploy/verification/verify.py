@@ -282,12 +282,12 @@ def _references(
             row("float", lambda inputs: _torch(prepared.captured.module, inputs), float_size),
             row("simulated", lambda inputs: _torch(prepared.module, inputs), size),
         ], data
-    literal = row("simulated (ONNX, node by node)", _Feed(artifact, artifact.simulation, "onnxruntime", LITERAL), size)
+    literal = row("simulated (ONNX, node by node)", _BatchedSession(artifact, artifact.simulation, "onnxruntime", LITERAL), size)
     if artifact.simulation == artifact.model:
         return [literal], data
     changed = any(entry["decision"] == "kept" for entry in artifact.manifest.get("steps", []))
     name = "model.onnx in float" if changed else "float"  # its weights and biases are those of the simulation
-    return [row(name, _Feed(artifact, artifact.model, "onnxruntime", LITERAL), float_size), literal], data
+    return [row(name, _BatchedSession(artifact, artifact.model, "onnxruntime", LITERAL), float_size), literal], data
 
 
 def _torch(module: fx.GraphModule, inputs: Sequence[Array]) -> list[Array]:
@@ -327,13 +327,13 @@ def _number_faults(artifact: Artifact) -> list[str]:
 def _literal_faults(artifact: Artifact, saved: _Saved, steps: Sequence[float]) -> list[str]:
     """What is wrong between the simulation's saved outputs and the literal run of the file, which is about to stand for it."""
     score = _Score(steps)
-    score.add(saved.simulated, _Feed(artifact, artifact.simulation, "onnxruntime", LITERAL)(saved.inputs), None)
+    score.add(saved.simulated, _BatchedSession(artifact, artifact.simulation, "onnxruntime", LITERAL)(saved.inputs), None)
     result = score.result("", 0, _asked(artifact, runtimes["onnxruntime"]), {})
     return [f"{artifact.simulation.name} does not compute the saved simulation: {fault}" for fault in result.faults]
 
 
 def _runtime_row(artifact: Artifact, runtime: Runtime, variant: str) -> _Row:
-    feed = _Feed(artifact, artifact.simulation, runtime.name, variant)
+    feed = _BatchedSession(artifact, artifact.simulation, runtime.name, variant)
     name = runtime.name if len(runtime.variants) == 1 else f"{runtime.name}:{variant}"
     return _Row(name, feed, artifact.simulation.stat().st_size, _asked(artifact, runtime), feed.placement)
 
@@ -345,7 +345,7 @@ def _asked(artifact: Artifact, runtime: Runtime) -> Runtime:
     return replace(runtime, min_agreement=min(runtime.min_agreement, INEXACT))
 
 
-class _Feed:
+class _BatchedSession:
     """Run batches of any size on a session, which takes one size: in pieces, the last one filled up with its last sample.
 
     Where other sizes are open too, runtimes that take only fixed ones get a copy of the file for the sizes at hand.
