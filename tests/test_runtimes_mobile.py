@@ -20,8 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch.nn import functional
 
 from qdeploy.core.errors import ArtifactError, NotInstalledError
+from qdeploy.runtimes import ncnn as ncnn_runtime
 from qdeploy.runtimes.runtime import Runtime, runtimes
-from qdeploy.runtimes.runtime import ncnn as ncnn_runtime
 
 Array = NDArray[Any]
 SHAPE = (3, 9, 7)  # odd, so that rows and channels of a packed layout do not end on whole vectors
