@@ -365,7 +365,7 @@ def test_opening_and_running_prints_nothing_and_asks_no_network(
     code = f"""
 import socket, sys, numpy as np
 from pathlib import Path
-from qdeploy.runtimes import runtimes
+from qdeploy.runtimes.runtime import runtimes
 socket.getaddrinfo = lambda *args, **kwargs: print("network:", args)
 runtime = runtimes[{name!r}]
 session = runtime.open(Path({str(path)!r}), 2, runtime.variants[0])
