@@ -185,6 +185,8 @@ def _make_data(place: Path) -> None:
 
 DIGITS = shlex.quote(str(SAMPLES / "digits.pt2"))
 DATA = f"--data {shlex.quote(str(SAMPLES / 'digits_calibration.npz'))}"
+NET = "{at}/zoo.py:make --data {at}/good.npy"
+"""A smaller network than the digits', for what is found after the capture."""
 STATE = f"{{at}}/state.pt {DATA}"
 VERIFY_DATA = "--verify-data {at}/good.npy"
 
@@ -324,8 +326,8 @@ SAMPLES_OF: dict[str, tuple[str, list[str]]] = {
         ["'{at}/integers.npy'", "found: int64", "allowed: floats", "save the array as float32"],
     ),
     "integers for a module": ("{at}/zoo.py:make --data {at}/integers.npy", ["cannot capture", "long int"]),
-    "NaN": (f"{DIGITS} --data {{at}}/nan.npy", ["sample 3 of '{at}/nan.npy' holds NaN or Inf", "input 'images'", "remove it"]),
-    "infinity": (f"{DIGITS} --data {{at}}/inf.npy", ["sample 5 of '{at}/inf.npy' holds NaN or Inf", "input 'images'", "remove it"]),
+    "NaN": ("{at}/zoo.py:make --data {at}/nan.npy", ["sample 3 of '{at}/nan.npy' holds NaN or Inf", "input 'input'", "remove it"]),
+    "infinity": ("{at}/zoo.py:make --data {at}/inf.npy", ["sample 5 of '{at}/inf.npy' holds NaN or Inf", "input 'input'", "remove it"]),
     "no samples": (f"{DIGITS} --data {{at}}/none.npy", ["'{at}/none.npy' holds no samples", "found: 0", "give at least one"]),
     "objects": (f"{DIGITS} --data {{at}}/objects.npy", ["'{at}/objects.npy'", "an array of Python objects", "numeric dtype"]),
     "truncated npz": (f"{DIGITS} --data {{at}}/cut.npz", ["'{at}/cut.npz'", "truncated or damaged", "save the file again"]),
@@ -451,13 +453,13 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
         f"{DIGITS} {DATA} --recipe {{at}}/name.toml",
         ["'{at}/name.toml': name", "found: 3", "allowed: a string", "quotes"],
     ),
-    "weight bits": (f"{DIGITS} {DATA} --weight-bits 3", ["backend 'snpe' has no 3-bit weights", "allowed: 8", "choose one"]),
+    "weight bits": (f"{NET} --weight-bits 3", ["backend 'snpe' has no 3-bit weights", "allowed: 8", "choose one"]),
     "activation bits": (
-        f"{DIGITS} {DATA} --activation-bits 5",
+        f"{NET} --activation-bits 5",
         ["backend 'snpe' has no 5-bit activations", "allowed: 8", "choose one"],
     ),
     "widths of the second of two backends": (
-        f"{DIGITS} {DATA} --backend qnn,snpe --activation-bits 16",
+        f"{NET} --backend qnn,snpe --activation-bits 16",
         ["backend 'snpe' has no 16-bit activations", "allowed: 8", "choose one"],
     ),
     "a backend named twice": (f"{DIGITS} {DATA} --backend snpe,tvm,snpe", ["backend 'snpe' is named twice", "name it once"]),
@@ -488,15 +490,15 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
         ["activation scheme", "found: per-channel", "allowed: per-tensor", "for weights only"],
     ),
     "a width that the grid has not": (
-        f"{DIGITS} {DATA} --backend academic --weight-scheme float16 --weight-bits 4",
+        f"{NET} --backend academic --weight-scheme float16 --weight-bits 4",
         ["backend 'academic' has no 4-bit weights", "allowed: 16;", "choose one"],
     ),
     "a width of activations that the grid has not": (
-        f"{DIGITS} {DATA} --backend academic --activation-scheme log8 --activation-bits 4",
+        f"{NET} --backend academic --activation-scheme log8 --activation-bits 4",
         ["backend 'academic' has no 4-bit activations", "allowed: 8;", "choose one"],
     ),
     "first and last bits": (
-        f"{DIGITS} {DATA} --first-last-bits 7",
+        f"{NET} --first-last-bits 7",
         ["backend 'snpe' has no 7-bit weights", "allowed: 8", "choose one"],
     ),
     "format of a backend without": (
@@ -614,16 +616,14 @@ def test_quantize(name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits, quantized."""
+def artifact(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network for images of the digits' size, quantized."""
     import qdeploy
     from qdeploy.files.model import load_model
 
-    out = tmp_path_factory.mktemp("artifact") / "out"
-    images = torch.from_numpy(np.load(SAMPLES / "digits_calibration.npz")["images"][:32])
-    prepared = qdeploy.prepare(load_model(SAMPLES / "digits.pt2"), None, backend="onnxruntime", recipe="fast")
-    qdeploy.convert(qdeploy.calibrate(prepared, [images]), out)
-    return out
+    images = torch.from_numpy(np.load(folder / "good.npy"))
+    prepared = qdeploy.prepare(load_model(f"{folder}/zoo.py:make"), images, backend="onnxruntime", recipe="fast")
+    return qdeploy.convert(qdeploy.calibrate(prepared, [images]), tmp_path_factory.mktemp("artifact") / "out").path
 
 
 def _edit(name: str, change: Callable[[str], str]) -> Callable[[Path], object]:

@@ -23,7 +23,13 @@ from qdeploy.export.artifact import MANIFEST, Artifact, render, sha256
 from qdeploy.runtimes.runtime import Runtime, find_runtime, runtimes
 from qdeploy.verification.verify import INEXACT, _asked, _Score, verify_artifact
 
-PAIRS = [(backend.name, runtime) for backend in backends for runtime in backend.runtimes]
+SLOW = {("onnxruntime", "tvm"), ("openvino", "tvm"), ("tensorrt", "tvm")}
+"""TVM compiles for seconds, and files like theirs for other targets: `tvm` and `snpe` are both ways to place quantizers."""
+PAIRS = [
+    pytest.param(backend.name, runtime, marks=[pytest.mark.slow] if (backend.name, runtime) in SLOW else [])
+    for backend in backends
+    for runtime in backend.runtimes
+]
 
 
 @pytest.fixture
