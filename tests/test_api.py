@@ -120,6 +120,11 @@ def test_the_plan_is_printed_with_a_reason_for_every_tensor() -> None:
 
 
 @cache
+def program() -> torch.export.ExportedProgram:
+    return torch.export.export(networks.network("plain"), networks.batches("plain")[0])
+
+
+@cache
 def uncalibrated() -> Prepared:
     """The plain network, for what refuses it or its data before anything is changed."""
     return qdeploy.prepare(networks.network("plain"), networks.batches("plain")[0], "snpe")
@@ -182,7 +187,7 @@ def test_a_network_without_a_layer_is_an_error(net: nn.Module) -> None:
 )
 def test_an_option_that_there_is_not_is_an_error(options: dict[str, object], words: str) -> None:
     with pytest.raises(QDeployError, match=words):
-        qdeploy.prepare(networks.network("plain"), networks.batches("plain")[0], **options)
+        qdeploy.prepare(program(), None, **options)
 
 
 @cache
@@ -221,12 +226,12 @@ def test_training_goes_on_after_calibration_and_the_result_still_agrees(backend:
 def test_quantize_is_the_four_verbs_in_one(tmp_path: Path) -> None:
     # a stream, passed once, of batches that are tuples or lists
     data = (kind(batch) for kind, batch in zip((tuple, list, tuple, list), networks.batches("several"), strict=True))
-    artifact = qdeploy.quantize(networks.network("several"), data, backend="tensorrt", out=tmp_path / "out", recipe="fast", seed=4)
+    artifact = qdeploy.quantize(networks.network("several"), data, backend="qnn", out=tmp_path / "out", recipe="fast", seed=4)
     assert isinstance(artifact, Artifact) and artifact.manifest["verify"]["passed"], artifact.manifest["verify"]
     assert (artifact.manifest["seed"], artifact.manifest["calibration_samples"], artifact.manifest["recipe"]["name"]) == (4, 32, "fast")
     assert [entry["name"] for entry in artifact.inputs] == ["stem", "side"] and len(artifact.outputs) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    prepared = networks.calibrated("several", "tensorrt", recipe="fast")
+    prepared = networks.calibrated("several", "qnn", recipe="fast")
     assert [e.to_json() for e in artifact.encodings] == [e.to_json() for e in prepared.encodings()]
 
 

@@ -124,7 +124,7 @@ def test_roundings_are_onnxs_to_the_sign_of_zero() -> None:
 @example(QuantSpec(signed=False, symmetric=False, axis=0), [[0.0, 0.0], [0.0, 0.0]])
 @example(QuantSpec(signed=True, symmetric=True, axis=0), [[0.0, 0.0], [-1.0, 1.0]])
 @example(QuantSpec(signed=False, symmetric=False, axis=0), [[2.0, 3.0], [-3.0, -2.0]])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_choose_scale(spec: QuantSpec, pairs: list[list[float]]) -> None:
     scale, zero_point = encoding(spec, pairs)
     widened = [(Fraction(min(low, 0.0)), Fraction(max(high, 0.0))) for low, high in pairs]
@@ -160,7 +160,7 @@ def test_zero_is_exact(spec: QuantSpec, pairs: list[list[float]]) -> None:
 
 
 @given(specs(), ranges, st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_quantize_dequantize_saturated(spec: QuantSpec, pairs: list[list[float]], data: st.DataObject) -> None:
     scale, zero_point = encoding(spec, pairs[:1])
     s, z = scale.item(), zero_point.item()
@@ -177,7 +177,7 @@ def test_quantize_dequantize_saturated(spec: QuantSpec, pairs: list[list[float]]
 
 
 @given(specs(), ranges, lists(st.floats(0, 1, width=32)))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_error_is_half_a_step_and_twice_is_once(spec: QuantSpec, pairs: list[list[float]], shares: list[float]) -> None:
     scale, zero_point = encoding(spec, pairs[:1])
     bottom, top = ((q - zero_point.item()) * scale.double() for q in (spec.qmin, spec.qmax))

@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -103,6 +104,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "full").mkdir()
     (place / "full" / "thesis.txt").touch()
     return place
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _digits_loaded_once() -> Iterator[None]:
+    """Most cases name the same good model."""
+    load, loaded = torch.export.load, {}
+
+    def cached(file: IO[bytes]) -> torch.export.ExportedProgram:
+        if file.name not in loaded:
+            loaded[file.name] = load(file)
+        return loaded[file.name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.export, "load", cached)
+        yield
 
 
 def _make_models(place: Path) -> None:
