@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
+from collections.abc import Iterator
+from functools import cache
 
 import networks
 import pytest
@@ -24,3 +27,22 @@ def shared_artifacts(tmp_path_factory: pytest.TempPathFactory) -> None:
 def one_thread() -> None:
     """Small tensors gain nothing from threads, and lose much where other tests run beside them."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_table_of_onnx_functions() -> Iterator[None]:
+    """torch reads its 500 translations to ONNX and lists its composite ops anew in every export: half the time of a small one."""
+    from torch._export import utils
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    read = cache(ONNXRegistry.from_torchlib)
+
+    def from_torchlib(**options: int) -> ONNXRegistry:
+        registry = copy.copy(read(**options))
+        registry.functions = {op: list(found) for op, found in registry.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
+        patch.setattr(utils, "_materialize_cpp_cia_ops", cache(utils._materialize_cpp_cia_ops))
+        yield

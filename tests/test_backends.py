@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from qdeploy.core.backend import QDQ, Backend, Emitted, Format, backends
 from qdeploy.core.errors import OptionError
 from qdeploy.core.spec import QuantSpec
 from qdeploy.runtimes.runtime import find_runtime
+from qdeploy.simulation.prepared import Prepared
 
 ENCODINGS = "model.encodings"
 VERSIONS = [(name, version) for name in ("snpe", "qnn") for version in ("1.0.0", "0.6.1")]
@@ -32,11 +34,16 @@ every = pytest.mark.parametrize("backend", list(backends), ids=lambda backend: b
 each_version = pytest.mark.parametrize(("name", "version"), VERSIONS)
 
 
+@cache
+def calibrated(network: str) -> dict[str, Prepared]:
+    """A network for both targets whose files are read here."""
+    net, data = networks.toy() if network == "toy" else (networks.network(network), networks.batches(network))
+    return networks.several(net, data, ("snpe", "qnn"), recipe="fast")
+
+
 @each_version
 def test_the_toy_network_end_to_end_has_the_numbers_worked_by_hand(name: str, version: str, tmp_path: Path) -> None:
-    net, data = networks.toy()
-    prepared = qdeploy.calibrate(qdeploy.prepare(net, data[0], name, recipe="fast"), data)
-    made = rows(json.loads((qdeploy.convert(prepared, tmp_path / "out", version).path / ENCODINGS).read_text()))
+    made = rows(json.loads((qdeploy.convert(calibrated("toy")[name], tmp_path / "out", version).path / ENCODINGS).read_text()))
     steps = [1 / 255] if name == "snpe" else [0.5 / 127, 0.25 / 127]
     expected = {
         "x": (8, [2 / 255], -128, False),
@@ -74,7 +81,7 @@ def rows(content: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 @each_version
 @pytest.mark.parametrize("network", networks.NETWORKS)
 def test_the_scale_file_holds_every_encoding_with_offset_minus_zero_point(network: str, name: str, version: str) -> None:
-    encodings = networks.artifact(network, name).encodings
+    encodings = calibrated(network)[name].encodings()
     writer = backends[name].choose_format(version).write
     assert writer is not None
     emitted = Emitted(encodings=tuple(encodings), nodes=(), shapes={}, inputs=(), outputs=())

@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -105,6 +106,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _digits_loaded_once() -> Iterator[None]:
+    """Most cases name the same good model."""
+    load, loaded = torch.export.load, {}
+
+    def cached(file: IO[bytes]) -> torch.export.ExportedProgram:
+        if file.name not in loaded:
+            loaded[file.name] = load(file)
+        return loaded[file.name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.export, "load", cached)
+        yield
+
+
 def _make_models(place: Path) -> None:
     import onnx
     from safetensors.torch import save_file
@@ -183,8 +199,10 @@ def _make_data(place: Path) -> None:
     (place / "words.txt").write_text("1\ntwo\n3\n")
 
 
-DIGITS = f"{SAMPLES / 'digits.pt2'}"
-DATA = f"--data {SAMPLES / 'digits_calibration.npz'}"
+DIGITS = shlex.quote(str(SAMPLES / "digits.pt2"))
+DATA = f"--data {shlex.quote(str(SAMPLES / 'digits_calibration.npz'))}"
+NET = "{at}/zoo.py:make --data {at}/good.npy"
+"""A smaller network than the digits', for what is found after the capture."""
 STATE = f"{{at}}/state.pt {DATA}"
 VERIFY_DATA = "--verify-data {at}/good.npy"
 
@@ -263,7 +281,10 @@ MODELS: dict[str, tuple[str, list[str]]] = {
         f"{{at}}/cut.safetensors {DATA} --arch {{at}}/zoo.py:make",
         ["'{at}/cut.safetensors'", "a damaged safetensors file", "save the file again"],
     ),
-    "npz as model": (f"{SAMPLES / 'digits_test.npz'} {DATA}", ["digits_test.npz'", "which is data", "give it as --data"]),
+    "npz as model": (
+        f"{shlex.quote(str(SAMPLES / 'digits_test.npz'))} {DATA}",
+        ["digits_test.npz'", "which is data", "give it as --data"],
+    ),
     "callable that is missing": (f"{{at}}/zoo.py:mkae {DATA}", ["MODEL: '{at}/zoo.py' has no 'mkae'", "did you mean 'make'?"]),
     "branch on data": (
         "{at}/zoo.py:Branch --data {at}/good.npy",
@@ -321,8 +342,8 @@ SAMPLES_OF: dict[str, tuple[str, list[str]]] = {
         ["'{at}/integers.npy'", "found: int64", "allowed: floats", "save the array as float32"],
     ),
     "integers for a module": ("{at}/zoo.py:make --data {at}/integers.npy", ["cannot capture", "long int"]),
-    "NaN": (f"{DIGITS} --data {{at}}/nan.npy", ["sample 3 of '{at}/nan.npy' holds NaN or Inf", "input 'images'", "remove it"]),
-    "infinity": (f"{DIGITS} --data {{at}}/inf.npy", ["sample 5 of '{at}/inf.npy' holds NaN or Inf", "input 'images'", "remove it"]),
+    "NaN": ("{at}/zoo.py:make --data {at}/nan.npy", ["sample 3 of '{at}/nan.npy' holds NaN or Inf", "input 'input'", "remove it"]),
+    "infinity": ("{at}/zoo.py:make --data {at}/inf.npy", ["sample 5 of '{at}/inf.npy' holds NaN or Inf", "input 'input'", "remove it"]),
     "no samples": (f"{DIGITS} --data {{at}}/none.npy", ["'{at}/none.npy' holds no samples", "found: 0", "give at least one"]),
     "objects": (f"{DIGITS} --data {{at}}/objects.npy", ["'{at}/objects.npy'", "an array of Python objects", "numeric dtype"]),
     "truncated npz": (f"{DIGITS} --data {{at}}/cut.npz", ["'{at}/cut.npz'", "truncated or damaged", "save the file again"]),
@@ -448,13 +469,13 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
         f"{DIGITS} {DATA} --recipe {{at}}/name.toml",
         ["'{at}/name.toml': name", "found: 3", "allowed: a string", "quotes"],
     ),
-    "weight bits": (f"{DIGITS} {DATA} --weight-bits 3", ["backend 'snpe' has no 3-bit weights", "allowed: 8", "choose one"]),
+    "weight bits": (f"{NET} --weight-bits 3", ["backend 'snpe' has no 3-bit weights", "allowed: 8", "choose one"]),
     "activation bits": (
-        f"{DIGITS} {DATA} --activation-bits 5",
+        f"{NET} --activation-bits 5",
         ["backend 'snpe' has no 5-bit activations", "allowed: 8", "choose one"],
     ),
     "widths of the second of two backends": (
-        f"{DIGITS} {DATA} --backend qnn,snpe --activation-bits 16",
+        f"{NET} --backend qnn,snpe --activation-bits 16",
         ["backend 'snpe' has no 16-bit activations", "allowed: 8", "choose one"],
     ),
     "a backend named twice": (f"{DIGITS} {DATA} --backend snpe,tvm,snpe", ["backend 'snpe' is named twice", "name it once"]),
@@ -485,15 +506,15 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
         ["activation scheme", "found: per-channel", "allowed: per-tensor", "for weights only"],
     ),
     "a width that the grid has not": (
-        f"{DIGITS} {DATA} --backend academic --weight-scheme float16 --weight-bits 4",
+        f"{NET} --backend academic --weight-scheme float16 --weight-bits 4",
         ["backend 'academic' has no 4-bit weights", "allowed: 16;", "choose one"],
     ),
     "a width of activations that the grid has not": (
-        f"{DIGITS} {DATA} --backend academic --activation-scheme log8 --activation-bits 4",
+        f"{NET} --backend academic --activation-scheme log8 --activation-bits 4",
         ["backend 'academic' has no 4-bit activations", "allowed: 8;", "choose one"],
     ),
     "first and last bits": (
-        f"{DIGITS} {DATA} --first-last-bits 7",
+        f"{NET} --first-last-bits 7",
         ["backend 'snpe' has no 7-bit weights", "allowed: 8", "choose one"],
     ),
     "format of a backend without": (
@@ -560,6 +581,11 @@ QUANTIZE = {
 ACTION_ELSEWHERE = ("model: no layer", "option: recipe with a wrong value")  # what is found or allowed says it all
 
 
+def split(given: str, **places: Path) -> list[str]:
+    """The arguments of a command line, in which the path of a place may have blanks."""
+    return [word.format(**places) for word in shlex.split(given)]
+
+
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> tuple[object, str, str]:
     """Exit status, standard output and standard error of the command line."""
     monkeypatch.setattr(sys, "argv", ["qdeploy", *arguments])
@@ -599,23 +625,21 @@ def test_quantize(name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.M
     options = ["--backend", "snpe", "--recipe", "fast", "--runtime", "onnxruntime", "--json", "--out", str(tmp_path / "place" / "out")]
     (tmp_path / "place").mkdir()
     before = content(folder)
-    shown = run(["quantize", *options, *shlex.split(given.format(at=folder))], monkeypatch, capfd)
+    shown = run(["quantize", *options, *split(given, at=folder)], monkeypatch, capfd)
     check_message(shown, [word.format(at=folder) for word in words], action=name not in ACTION_ELSEWHERE)
     assert not list((tmp_path / "place").iterdir())
     assert content(folder) == before
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits, quantized."""
+def artifact(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network for images of the digits' size, quantized."""
     import qdeploy
     from qdeploy.files.model import load_model
 
-    out = tmp_path_factory.mktemp("artifact") / "out"
-    images = torch.from_numpy(np.load(SAMPLES / "digits_calibration.npz")["images"][:32])
-    prepared = qdeploy.prepare(load_model(SAMPLES / "digits.pt2"), None, backend="onnxruntime", recipe="fast")
-    qdeploy.convert(qdeploy.calibrate(prepared, [images]), out)
-    return out
+    images = torch.from_numpy(np.load(folder / "good.npy"))
+    prepared = qdeploy.prepare(load_model(f"{folder}/zoo.py:make"), images, backend="onnxruntime", recipe="fast")
+    return qdeploy.convert(qdeploy.calibrate(prepared, [images]), tmp_path_factory.mktemp("artifact") / "out").path
 
 
 def _edit(name: str, change: Callable[[str], str]) -> Callable[[Path], object]:
@@ -659,7 +683,7 @@ def test_verify(
     shutil.copytree(artifact, out)
     change(out)
     before = content(tmp_path)
-    shown = run(["verify", str(out), "--json", *given.format(at=folder).split()], monkeypatch, capfd)
+    shown = run(["verify", str(out), "--json", *split(given, at=folder)], monkeypatch, capfd)
     check_message(shown, [word.format(at=folder, out=out) for word in words])
     assert content(tmp_path) == before
 
@@ -678,14 +702,15 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_commands(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     given, words = OTHERS[name]
-    check_message(run([*given.format(at=folder).split(), "--json"], monkeypatch, capfd), [word.format(at=folder) for word in words])
+    check_message(run([*split(given, at=folder), "--json"], monkeypatch, capfd), [word.format(at=folder) for word in words])
 
 
 def test_runtime_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     from qdeploy.runtimes.runtime import Runtime
 
     monkeypatch.setattr(Runtime, "installed", lambda self: False)
-    shown = run([*f"quantize {DIGITS} {DATA} --backend snpe --runtime tvm --out".split(), str(tmp_path / "out")], monkeypatch, capfd)
+    given = f"quantize {DIGITS} {DATA} --backend snpe --runtime tvm --out {{out}}"
+    shown = run(split(given, out=tmp_path / "out"), monkeypatch, capfd)
     check_message(shown, ["runtime 'tvm' is not installed", "pip install 'qdeploy[tvm]'"])
     assert not list(tmp_path.iterdir())
 
@@ -697,7 +722,7 @@ def test_out_below_a_folder_that_is_read_only(
     # who runs this may be root, who may write anywhere
     monkeypatch.setattr(os, "access", lambda path, mode: not (mode == os.W_OK and Path(path).name == "locked"))
     out = tmp_path / "locked" / "deeper" / "out"
-    shown = run([*f"quantize {DIGITS} {DATA} --backend snpe --out".split(), str(out)], monkeypatch, capfd)
+    shown = run(split(f"quantize {DIGITS} {DATA} --backend snpe --out {{out}}", out=out), monkeypatch, capfd)
     check_message(shown, [f"cannot write to '{out}'", f"'{tmp_path / 'locked'}' is not a writable folder", "name another folder"])
     assert not list((tmp_path / "locked").iterdir())
 
@@ -705,36 +730,47 @@ def test_out_below_a_folder_that_is_read_only(
 def test_fewer_samples_than_a_fixed_batch(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    given = f"quantize {folder}/zoo.py:of_nine --data {folder}/good.npy --backend snpe --recipe fast --out {tmp_path}/out"
-    shown = run(given.split(), monkeypatch, capfd)
+    given = "quantize {at}/zoo.py:of_nine --data {at}/good.npy --backend snpe --recipe fast --out {out}"
+    shown = run(split(given, at=folder, out=tmp_path / "out"), monkeypatch, capfd)
     check_message(shown, ["fewer samples than the model's fixed batch", "found: 8 samples", "allowed: 9 or more", "give more"])
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ("quantize {at}/nowhere.pt2 --backend snpe --data {at}/good.npy --out {out}", ["'{at}/nowhere.pt2'", "check the path"]),
-        (
-            "quantize {at}/zoo.py:Branch --backend snpe --data {at}/good.npy --out {out}",
-            ["{at}/zoo.py:16: if x.sum() > 0:", "torch.where"],
-        ),
-        (
-            "quantize {at}/zoo.py:make --backend snpe --data {at}/wrong_shape.npy --out {out}",
-            ["cannot capture", "the shapes fit the batch"],
-        ),
-        ("verify {at}/photos", ["'{at}/photos' is no artifact"]),
-    ],
-)
-def test_real_process(given: str, words: list[str], folder: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-c",
-        "from qdeploy.cli.main import main; main()",
-        *given.format(at=folder, out=tmp_path / "out").split(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    check_message((done.returncode, done.stdout, done.stderr), [word.format(at=folder) for word in words])
+REAL = [
+    (
+        "quantize {at}/zoo.py:Branch --backend snpe --data {at}/good.npy --out {out}",
+        ["{at}/zoo.py:16: if x.sum() > 0:", "torch.where"],
+    ),
+    (
+        "quantize {at}/zoo.py:make --backend snpe --data {at}/wrong_shape.npy --out {out}",
+        ["cannot capture", "the shapes fit the batch"],
+    ),
+    ("verify {at}/photos", ["'{at}/photos' is no artifact"]),
+    ("quantize {at}/nowhere.pt2 --backend snpe --data {at}/good.npy --out {out}", ["'{at}/nowhere.pt2'", "check the path"]),
+]
+
+
+def test_real_process(folder: Path, tmp_path: Path) -> None:
+    """One process for all, since torch takes seconds to import: only the last command ends it."""
+    commands = [split(given, at=folder, out=tmp_path / "out") for given, _ in REAL]
+    code = f"""
+import sys
+from qdeploy.cli.main import main
+for command in {commands!r}:
+    sys.argv = ["qdeploy", *command]
+    try:
+        main()
+    except SystemExit as end:
+        if command == {commands[-1]!r}:
+            raise
+        print(end.code, flush=True)
+        print("next", file=sys.stderr, flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["2"] * (len(REAL) - 1) and done.returncode == 2, done.stderr
+    messages = done.stderr.split("next\n")
+    for (_, words), message in zip(REAL, messages, strict=True):
+        check_message((2, "", message), [word.format(at=folder) for word in words])
     assert not list(tmp_path.iterdir())
 
 
@@ -749,6 +785,6 @@ def test_real_process(given: str, words: list[str], folder: Path, tmp_path: Path
     ],
 )
 def test_usage(given: str, word: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    status, out, err = run(given.split(), monkeypatch, capfd)
+    status, out, err = run(split(given), monkeypatch, capfd)
     assert (status, out) == (2, "")
     assert word in err and "Usage: " in err and "Traceback" not in err

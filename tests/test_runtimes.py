@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qdeploy.core.errors import ArtifactError, NotInstalledError
-from qdeploy.runtimes.runtime import Runtime, quiet, runtimes
+from qdeploy.runtimes.runtime import Runtime, Session, quiet, runtimes
 
 FLOAT_READERS = ("mnn", "ncnn")
 """They read a float model and a scale file of their own: see test_runtimes_mobile.py."""
@@ -119,6 +120,12 @@ class Network:
 NETWORK = Network()
 
 
+@cache
+def opened(name: str, path: Path, batch: int, variant: str) -> Session:
+    """A session of the network for several tests, since a runtime may compile for seconds."""
+    return installed(name).open(path, batch, variant)
+
+
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return NETWORK.save(tmp_path_factory.mktemp("runtimes") / "network.onnx")
@@ -127,12 +134,11 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("name", "variant"), OPENINGS)
 @pytest.mark.parametrize("batch", [1, 5])
 def test_outputs_are_those_of_the_integer_reference(name: str, variant: str, batch: int, network: Path) -> None:
-    runtime = installed(name)
     codes = np.random.default_rng(5).integers(0, 256, (batch, 3, 12, 12))
     codes = codes // np.arange(1, batch + 1)[:, None, None, None]  # so that the samples differ in their pooled values
     x = ((codes - NETWORK.x_zero) * np.float32(NETWORK.x_scale)).astype(np.float32)
 
-    outputs = runtime.open(network, batch, variant).run([x])
+    outputs = opened(name, network, batch, variant).run([x])
 
     assert [output.shape for output in outputs] == [(batch, 10)]
     assert outputs[0].dtype == np.float32
@@ -146,8 +152,8 @@ def test_outputs_are_those_of_the_integer_reference(name: str, variant: str, bat
 
 @pytest.mark.parametrize(("name", "variant"), OPENINGS)
 def test_a_session_runs_again_and_leaves_earlier_outputs_alone(name: str, variant: str, network: Path) -> None:
-    session = installed(name).open(network, 2, variant)
-    x = np.random.default_rng(6).normal(size=(2, 3, 12, 12)).astype(np.float32)
+    session = opened(name, network, 5, variant)
+    x = np.random.default_rng(6).normal(size=(5, 3, 12, 12)).astype(np.float32)
     first = session.run([x])[0]
     kept = first.copy()
     other = session.run([-3 * x])[0]
@@ -180,7 +186,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 def test_the_registry_imports_no_runtime() -> None:
     libraries = ["torch", "onnx", *sorted({module for runtime in runtimes for module in runtime.modules})]
-    code = f"import sys, qdeploy.runtimes as r; r.runtimes.names(); print([m for m in {libraries} if m in sys.modules])"
+    code = f"import sys, qdeploy.runtimes.runtime as r; r.runtimes.names(); print([m for m in {libraries} if m in sys.modules])"
     done = run_python(code)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
@@ -192,7 +198,7 @@ def test_opening_and_running_prints_nothing_and_asks_no_network(name: str, netwo
     code = f"""
 import socket, sys, numpy as np
 from pathlib import Path
-from qdeploy.runtimes import runtimes
+from qdeploy.runtimes.runtime import runtimes
 socket.getaddrinfo = lambda *args, **kwargs: print("network:", args)
 runtime = runtimes[{name!r}]
 session = runtime.open(Path({str(network)!r}), 2, runtime.variants[0])
@@ -205,7 +211,7 @@ if "openvino_telemetry" in sys.modules:
 
 
 def test_qnn_leaves_no_compute_node_to_the_cpu(network: Path) -> None:
-    counts = installed("qnn_htp").open(network, 1, "default").placement()
+    counts = opened("qnn_htp", network, 1, "default").placement()
     assert counts["fallback"] == 0
     assert counts["accelerator"] >= 3  # Conv, GlobalAveragePool and Gemm; Relu may be merged into the quantizer after it
 
@@ -221,8 +227,7 @@ def test_qnn_counts_a_compute_node_on_the_cpu(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino", "tvm"])
 def test_processors_have_no_placement(name: str, network: Path) -> None:
-    runtime = installed(name)
-    assert runtime.open(network, 1, runtime.variants[-1]).placement() == {}
+    assert opened(name, network, 1, installed(name).variants[-1]).placement() == {}
 
 
 @pytest.mark.parametrize("variant", ["all", "none"])
@@ -316,5 +321,5 @@ def test_onnxruntime_opens_a_file_whose_weight_has_two_readers(tmp_path: Path) -
     layer = torch.nn.Conv2d(3, 3, 3, padding=1)
     twice = torch.nn.Sequential(layer, torch.nn.ReLU(), layer)
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    artifact = qdeploy.quantize(twice, [x], "openvino", tmp_path / "out", recipe="fast")
-    assert qdeploy.verify(artifact, runtime="onnxruntime").passed
+    prepared = qdeploy.calibrate(qdeploy.prepare(twice, x, "openvino", recipe="fast"), [x])
+    assert qdeploy.verify(qdeploy.convert(prepared, tmp_path / "out"), runtime="onnxruntime").passed

@@ -39,7 +39,7 @@ def test_the_npu_of_the_page_is_short() -> None:
 def test_the_npu_of_the_page_quantizes_and_its_simulation_is_what_the_file_computes(tmp_path: Path) -> None:
     (tmp_path / "my_npu.py").write_text(npu())
     data = networks.batches("residual")
-    artifact = qdeploy.quantize(networks.network("residual"), data, str(tmp_path / "my_npu.py"), tmp_path / "out")
+    artifact = qdeploy.quantize(networks.network("residual"), data, str(tmp_path / "my_npu.py"), tmp_path / "out", recipe="plain")
     report = artifact.manifest["verify"]
     assert report["passed"] and {row["agreement"] for row in report["results"][1:]} == {1.0}
     scales = dict(line.split(maxsplit=1) for line in (artifact.path / "acme.scales").read_text().splitlines())
