@@ -33,8 +33,7 @@ def recipe(step: str, **options: object) -> Recipe:
 
 def prepared(step: str, name: str = "residual", backend: str = "academic", seed: int = 0, **options: object) -> Prepared:
     bits = LOW if backend == "academic" else {}
-    data = networks.batches(name)
-    return qdeploy.prepare(networks.network(name), data[0], backend, recipe=recipe(step, **options), seed=seed, **bits)
+    return networks.fresh(name, backend, recipe=recipe(step, **options), seed=seed, **bits)
 
 
 def made(step: str, name: str = "residual", backend: str = "academic", seed: int = 0, **options: object) -> Prepared:
@@ -88,7 +87,7 @@ def test_weights_are_rounded_within_one_code_of_nearest(step: str):
 
 
 def test_fisher_weights_are_of_mean_one_and_vanish_where_the_output_does_not_look():
-    one = networks.calibrated("residual", "academic")
+    one = networks.settled("residual", "academic")
     data = [torch.cat(column) for column in zip(*networks.batches("residual"), strict=True)]
     work = Work(one, data)
     found = blockwise._importance(work, work.flow(one.floating, 32), regions.blocks(one.floating))
@@ -201,7 +200,7 @@ def test_an_unknown_option_gets_the_nearest_name():
 
 
 def test_without_layers_there_is_nothing_to_reconstruct():
-    one = networks.calibrated("plain", "academic")
+    one = networks.settled("plain", "academic")
     work = Work(one, [torch.zeros(8, 3, 8, 8)])
     with pytest.raises(Declined):
         blockwise.reconstruct_all(work, lambda module: [], (), 8)

@@ -33,7 +33,7 @@ def outputs_of(flow: Flow, module: fx.GraphModule) -> list[Tensor]:
 @pytest.mark.parametrize("mode", ["float", "quantize"])
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_node_by_node_it_computes_what_the_whole_graph_computes(name: str, mode: str):
-    prepared = networks.calibrated(name, "snpe")
+    prepared = networks.settled(name, "snpe")
     module = prepared.module if mode == "quantize" else prepared.floating
     flow = Flow(module, inputs(name), TensorStore(), batch=7)
     for node in module.graph.nodes:

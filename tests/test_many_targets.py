@@ -44,7 +44,7 @@ def numbers(prepared: Prepared) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("backend", KINDS)
 def test_a_target_among_others_has_the_encodings_it_has_alone(backend: str) -> None:
-    together, alone = networks.prepared("mixed", backend), networks.calibrated("mixed", backend)
+    together, alone = networks.prepared("mixed", backend), networks.settled("mixed", backend)
     assert together.plan == alone.plan
     assert numbers(together) == numbers(alone)
     for one, other in zip(together.reference, alone.reference, strict=True):

@@ -180,7 +180,7 @@ def test_without_weights_only_activations_change(monkeypatch: pytest.MonkeyPatch
     [("residual", "openvino"), ("mobile", "vitis"), ("concat", "snpe"), ("mixed", "snpe"), ("mixed", "vitis"), ("several", "openvino")],
 )
 def test_every_network_runs_and_is_settled_again(name: str, backend: str):
-    one = networks.calibrated(name, backend, recipe=RECIPE)
+    one = networks.settled(name, backend, recipe=RECIPE)
     (entry,) = one.log
     assert entry["decision"] in ("kept", "undone") and "ranges" in entry["reason"]
     before = {tensor: quantizer.scale.clone() for tensor, quantizer in one.quantizers.items()}
@@ -189,7 +189,7 @@ def test_every_network_runs_and_is_settled_again(name: str, backend: str):
 
 
 def test_few_bits_gain_much_at_the_outputs():
-    entry = networks.calibrated("residual", "academic", recipe=RECIPE, weight_bits=3, first_last_bits=3).log[0]
+    entry = networks.settled("residual", "academic", recipe=RECIPE, weight_bits=3, first_last_bits=3).log[0]
     assert entry["decision"] == "kept" and entry["gain"] > 0.5
 
 
@@ -210,7 +210,7 @@ def test_transposed_and_grouped_convolutions_have_a_choice_for_each_channel(monk
 
 
 def test_a_grid_without_even_steps_is_declined():
-    one = networks.calibrated("plain", "nnie", recipe=RECIPE)
+    one = networks.settled("plain", "nnie", recipe=RECIPE)
     assert [entry["decision"] for entry in one.log] == ["declined"]
     with pytest.raises(Declined):
         Ranges().run(Work(one, [images()]))
