@@ -30,12 +30,19 @@ from qdeploy.export.artifact import MANIFEST, Artifact
 from qdeploy.graph.observe import insert_observers
 from qdeploy.numerics.observer import Observer, make_observer
 from qdeploy.recipes import calibration_pass
+from qdeploy.runtimes.runtime import Runtime
 from qdeploy.simulation.insert import observed_tensors
 from qdeploy.simulation.prepared import Prepared
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 MODEL, CALIBRATION = str(SAMPLES / "digits.pt2"), str(SAMPLES / "digits_calibration.npz")
 KINDS = networks.distinct()
+
+
+@pytest.fixture
+def onnxruntime_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other runtimes take long and have tests of their own."""
+    monkeypatch.setattr(Runtime, "installed", lambda self: self.name == "onnxruntime")
 
 
 def numbers(prepared: Prepared) -> list[dict[str, object]]:
@@ -73,6 +80,7 @@ class Counted:
             yield batch
 
 
+@pytest.mark.usefixtures("onnxruntime_alone")
 def test_model_and_data_are_passed_once_for_all_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: dict[str, int] = {}
 
@@ -102,6 +110,7 @@ def test_model_and_data_are_passed_once_for_all_targets(tmp_path: Path, monkeypa
         assert opened.manifest["recipe"]["name"] == "fast"
 
 
+@pytest.mark.usefixtures("onnxruntime_alone")
 def test_the_bytes_are_those_that_each_target_has_alone(tmp_path: Path) -> None:
     model, data = networks.network("plain"), networks.batches("plain")
     several = qdeploy.quantize(model, data, ["vitis", "snpe"], tmp_path / "several")
@@ -112,6 +121,7 @@ def test_the_bytes_are_those_that_each_target_has_alone(tmp_path: Path) -> None:
         assert re.sub(rb'"seconds": [0-9.e-]+', b"", ours) == re.sub(rb'"seconds": [0-9.e-]+', b"", theirs)
 
 
+@pytest.mark.usefixtures("onnxruntime_alone")
 def test_one_target_in_a_list_gets_a_folder_as_well(tmp_path: Path) -> None:
     (made,) = qdeploy.quantize(networks.network("plain"), networks.batches("plain"), ["tvm"], tmp_path / "out", recipe="fast")
     assert made.path == tmp_path / "out" / "tvm"
