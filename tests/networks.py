@@ -8,6 +8,7 @@ import fcntl
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from unittest.mock import patch
@@ -221,14 +222,18 @@ def _captured(name: str, with_biases: bool) -> Captured:
     return capture(network(name), batches(name)[0])
 
 
+def captured_once(name: str, with_biases: bool = False) -> AbstractContextManager[object]:
+    """A context in which `name` is what is captured, once a process, whatever model is given; it is exported once, too."""
+    return patch.object(api, "capture", return_value=_captured(name, with_biases))
+
+
 def fresh(name: str, backend: str | Backend, **options: object) -> Prepared:
     """A network prepared for one backend, captured once a process: what is captured is shared, as by targets that are prepared
     together, and the simulation is a fresh one, which the caller may change.
     """
     chosen: dict[str, object] = {"recipe": "plain"} | options
     steps = made_steps(find_recipe(chosen["recipe"]))  # type: ignore[arg-type]
-    captured = _captured(name, any(step.needs_biases for step in steps))
-    with patch.object(api, "capture", return_value=captured):
+    with captured_once(name, any(step.needs_biases for step in steps)):
         return qdeploy.prepare(network(name), batches(name)[0], backend, **chosen)
 
 
