@@ -8,8 +8,10 @@ import fcntl
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,11 @@ from torch.nn import functional as F
 
 import qdeploy
 from qdeploy import api
+from qdeploy.capture.capture import Captured, capture
 from qdeploy.core.backend import Backend, backends
 from qdeploy.export.artifact import Artifact
+from qdeploy.recipes.presets import find_recipe
+from qdeploy.recipes.step_runner import made_steps
 from qdeploy.simulation.prepared import Prepared
 
 Batch = tuple[Tensor, ...]
@@ -210,6 +215,31 @@ def calibrated(name: str, backend: str | Backend, **options: object) -> Prepared
     data = batches(name)
     chosen: dict[str, object] = {"recipe": "plain"} | options
     return qdeploy.calibrate(qdeploy.prepare(network(name), data[0], backend, **chosen), data)
+
+
+@cache
+def _captured(name: str, with_biases: bool) -> Captured:
+    return capture(network(name), batches(name)[0])
+
+
+def captured_once(name: str, with_biases: bool = False) -> AbstractContextManager[object]:
+    """A context in which `name` is what is captured, once a process, whatever model is given; it is exported once, too."""
+    return patch.object(api, "capture", return_value=_captured(name, with_biases))
+
+
+def fresh(name: str, backend: str | Backend, **options: object) -> Prepared:
+    """A network prepared for one backend, captured once a process: what is captured is shared, as by targets that are prepared
+    together, and the simulation is a fresh one, which the caller may change.
+    """
+    chosen: dict[str, object] = {"recipe": "plain"} | options
+    steps = made_steps(find_recipe(chosen["recipe"]))  # type: ignore[arg-type]
+    with captured_once(name, any(step.needs_biases for step in steps)):
+        return qdeploy.prepare(network(name), batches(name)[0], backend, **chosen)
+
+
+def settled(name: str, backend: str | Backend, **options: object) -> Prepared:
+    """`calibrated`, from the one capture."""
+    return qdeploy.calibrate(fresh(name, backend, **options), batches(name))
 
 
 def several(

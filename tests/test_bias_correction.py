@@ -29,7 +29,7 @@ def samples(name: str) -> list[Tensor]:
 
 
 def prepared(name: str, backend: str) -> Prepared:
-    return networks.calibrated(name, backend, **(COARSE if backend == "academic" else {}))
+    return networks.settled(name, backend, **(COARSE if backend == "academic" else {}))
 
 
 def layers(one: Prepared) -> list[fx.Node]:
@@ -213,10 +213,10 @@ def test_means_go_through_sums_concats_pads_and_pools_as_the_network_would_have_
 
 
 def test_layers_whose_mean_input_is_unknown_are_left_and_counted():
-    one = networks.calibrated("mixed", "snpe")
+    one = networks.settled("mixed", "snpe")
     with pytest.raises(Declined, match="batch norm"):
         make_step("bias_correction", {"statistics": "batch_norm"}).run(Work(one, []))
-    one = networks.calibrated("residual", "snpe")
+    one = networks.settled("residual", "snpe")
     words = make_step("bias_correction", {"statistics": "batch_norm"}).run(Work(one, []))
     done, left = (int(word) for word in words.split() if word.isdecimal())
     assert done + left == len(layers(one)) == 6 and left >= 1

@@ -27,8 +27,23 @@ from qdeploy.export.onnx_file import simplify_float, tensor_names
 from qdeploy.export.onnx_functions import DOMAIN
 from qdeploy.simulation.prepared import Prepared
 
-MATRIX = networks.matrix()
-everywhere = pytest.mark.parametrize(("network", "backend"), MATRIX)
+
+def kinds() -> tuple[str, ...]:
+    """Backends of which no two write like files: in another format, on another grid, rounded otherwise, or another residual sum."""
+    found = {}
+    for b in backends:
+        found.setdefault((b.formats[0].model, b.activation.grid, b.activation.rounding, b.residual, b.average), b.name)
+    return tuple(found.values())
+
+
+KINDS = kinds()
+everywhere = pytest.mark.parametrize(
+    ("network", "backend"),
+    [
+        pytest.param(n, b, marks=() if n == "mixed" or (n in ("residual", "several") and b in KINDS) else pytest.mark.slow)
+        for n, b in networks.matrix()
+    ],
+)
 DEQUANTIZERS = {"log": "LogDequantize", "float16": "Cast", "float16_normal": "Cast"}
 QUANTIZERS = {"half_even": "QuantizeLinear", "half_away": "QuantizeHalfAway", "dpu": "QuantizeDpu"}
 
@@ -295,6 +310,11 @@ class Equals(nn.Module):
         return self.fc(F.relu(x) * 2) + self.last(F.relu(x) * 3)
 
 
+def costs(backend: str) -> bool:
+    """Whether a backend is alone with its opset, for which every network is exported once more."""
+    return sum(b.opset == backends[backend].opset for b in backends) == 1
+
+
 LINEAR = [name for name in networks.distinct() if (rule := backends[name].rule("linear")) is not None and rule.inputs]
 NETS = {"reused relu": (ReusedRelu, 1), "affixes": (Affixes, 3), "aliases": (Aliases, 1), "equals": (Equals, 1)}
 
@@ -307,8 +327,14 @@ def colliding(net: str) -> tuple[tuple[Tensor, ...], dict[str, Prepared]]:
     return x, networks.several(make().eval(), [x], LINEAR, recipe="fast")
 
 
-@pytest.mark.parametrize("backend", LINEAR)
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(
+    ("net", "backend"),
+    [
+        pytest.param(net, name, marks=() if (name in KINDS or net == "affixes") and not costs(name) else pytest.mark.slow)
+        for net in NETS
+        for name in LINEAR
+    ],
+)
 def test_names_that_collide_are_told_apart(net: str, backend: str, tmp_path: Path) -> None:
     x, made = colliding(net)
     artifact = qdeploy.convert(made[backend], tmp_path / "out")
@@ -341,7 +367,7 @@ def upward() -> tuple[Tensor, dict[str, Prepared]]:
     return x, networks.several(Upward().eval(), [(x,)], backends.names())
 
 
-@pytest.mark.parametrize("backend", backends.names())
+@pytest.mark.parametrize("backend", [pytest.param(n, marks=pytest.mark.slow if costs(n) else ()) for n in backends.names()])
 def test_transposed_convolutions_are_emitted_as_they_are_simulated(backend: str, tmp_path: Path) -> None:
     x, made = upward()
     artifact = qdeploy.convert(made[backend], tmp_path / "out")

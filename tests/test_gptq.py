@@ -226,8 +226,9 @@ def test_of_many_positions_some_are_drawn_the_same_of_every_sample():
 
 def prepared(name: str, scheme: str = "int4 per-channel", net: nn.Module | None = None) -> Prepared:
     data = networks.batches(name)
-    made = qdeploy.prepare(net or networks.network(name), data[0], "academic", "plain", weight_scheme=scheme)
-    return qdeploy.calibrate(made, data)
+    if net is None:
+        return networks.settled(name, "academic", weight_scheme=scheme)
+    return qdeploy.calibrate(qdeploy.prepare(net, data[0], "academic", "plain", weight_scheme=scheme), data)
 
 
 def work(name: str, made: Prepared, folder: Path | None = None) -> Work:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import networks
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 import qdeploy
 from qdeploy import api
+from qdeploy.capture.capture import Captured, capture
 from qdeploy.cli.main import main
 from qdeploy.core.backend import Backend, backends
 from qdeploy.core.errors import InputError, OptionError, QDeployError
@@ -30,6 +32,7 @@ from qdeploy.export.artifact import MANIFEST, Artifact
 from qdeploy.graph.observe import insert_observers
 from qdeploy.numerics.observer import Observer, make_observer
 from qdeploy.recipes import calibration_pass
+from qdeploy.runtimes.runtime import Runtime
 from qdeploy.simulation.insert import observed_tensors
 from qdeploy.simulation.prepared import Prepared
 
@@ -38,13 +41,19 @@ MODEL, CALIBRATION = str(SAMPLES / "digits.pt2"), str(SAMPLES / "digits_calibrat
 KINDS = networks.distinct()
 
 
+@pytest.fixture
+def onnxruntime_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other runtimes take long and have tests of their own."""
+    monkeypatch.setattr(Runtime, "installed", lambda self: self.name == "onnxruntime")
+
+
 def numbers(prepared: Prepared) -> list[dict[str, object]]:
     return [encoding.to_json() for encoding in prepared.encodings()]
 
 
 @pytest.mark.parametrize("backend", KINDS)
 def test_a_target_among_others_has_the_encodings_it_has_alone(backend: str) -> None:
-    together, alone = networks.prepared("mixed", backend), networks.calibrated("mixed", backend)
+    together, alone = networks.prepared("mixed", backend), networks.settled("mixed", backend)
     assert together.plan == alone.plan
     assert numbers(together) == numbers(alone)
     for one, other in zip(together.reference, alone.reference, strict=True):
@@ -55,7 +64,8 @@ def test_a_target_among_others_has_the_encodings_it_has_alone(backend: str) -> N
 
 def test_the_order_of_the_targets_does_not_matter() -> None:
     model, data = networks.network("plain"), networks.batches("plain")
-    several = networks.several(model, data, KINDS[::-1])
+    with networks.captured_once("plain"):
+        several = networks.several(model, data, KINDS[::-1])
     assert all(numbers(several[name]) == numbers(networks.prepared("plain", name)) for name in KINDS)
 
 
@@ -73,6 +83,7 @@ class Counted:
             yield batch
 
 
+@pytest.mark.usefixtures("onnxruntime_alone")
 def test_model_and_data_are_passed_once_for_all_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: dict[str, int] = {}
 
@@ -102,6 +113,7 @@ def test_model_and_data_are_passed_once_for_all_targets(tmp_path: Path, monkeypa
         assert opened.manifest["recipe"]["name"] == "fast"
 
 
+@pytest.mark.usefixtures("onnxruntime_alone")
 def test_the_bytes_are_those_that_each_target_has_alone(tmp_path: Path) -> None:
     model, data = networks.network("plain"), networks.batches("plain")
     several = qdeploy.quantize(model, data, ["vitis", "snpe"], tmp_path / "several")
@@ -112,10 +124,13 @@ def test_the_bytes_are_those_that_each_target_has_alone(tmp_path: Path) -> None:
         assert re.sub(rb'"seconds": [0-9.e-]+', b"", ours) == re.sub(rb'"seconds": [0-9.e-]+', b"", theirs)
 
 
+@pytest.mark.usefixtures("onnxruntime_alone")
 def test_one_target_in_a_list_gets_a_folder_as_well(tmp_path: Path) -> None:
-    (made,) = qdeploy.quantize(networks.network("plain"), networks.batches("plain"), ["tvm"], tmp_path / "out", recipe="fast")
+    model, data = networks.network("plain"), networks.batches("plain")
+    with networks.captured_once("plain"):
+        (made,) = qdeploy.quantize(model, data, ["tvm"], tmp_path / "out", recipe="fast")
+        single = qdeploy.quantize(model, data, backends["tvm"], tmp_path / "single", recipe="fast")
     assert made.path == tmp_path / "out" / "tvm"
-    single = qdeploy.quantize(networks.network("plain"), networks.batches("plain"), backends["tvm"], tmp_path / "single", recipe="fast")
     assert isinstance(single, Artifact) and single.path == tmp_path / "single"
 
 
@@ -169,9 +184,10 @@ def test_only_what_was_prepared_together_is_calibrated_together() -> None:
 
 
 def test_training_one_changes_no_other() -> None:
-    several = networks.several(
-        networks.network("plain"), networks.batches("plain"), ("onnxruntime", "tensorrt", "vitis"), recipe="fast"
-    )
+    with networks.captured_once("plain"):
+        several = networks.several(
+            networks.network("plain"), networks.batches("plain"), ("onnxruntime", "tensorrt", "vitis"), recipe="fast"
+        )
     (x,) = networks.batches("plain")[0]
     one, *others = several.values()
     before = [(copy.deepcopy(other.module.state_dict()), other.flat((x,))) for other in others]
@@ -188,7 +204,8 @@ def test_training_one_changes_no_other() -> None:
 
 
 def test_a_trained_target_is_exported_with_its_own_parameters(tmp_path: Path) -> None:
-    several = networks.several(networks.network("plain"), networks.batches("plain"), ("onnxruntime", "tvm"), recipe="fast")
+    with networks.captured_once("plain"):
+        several = networks.several(networks.network("plain"), networks.batches("plain"), ("onnxruntime", "tvm"), recipe="fast")
     with torch.no_grad():
         several["tvm"].module.get_parameter("fc.bias").add_(1.0)
     made = {name: qdeploy.convert(prepared, tmp_path / name) for name, prepared in several.items()}
@@ -223,7 +240,7 @@ class Kept(Observer):
 
 
 def test_every_observer_sees_its_tensor_once_a_batch_and_nothing_is_changed() -> None:
-    prepared = qdeploy.prepare(networks.network("plain"), networks.batches("plain")[0], "snpe", "fast")
+    prepared = networks.fresh("plain", "snpe", recipe="fast")
     captured = prepared.captured.module
     nodes = len(captured.graph.nodes)
     whole, channels = Kept(QuantSpec.parse("uint8")), Kept(replace(QuantSpec.parse("int8 per-channel"), axis=1))
@@ -238,12 +255,13 @@ def test_every_observer_sees_its_tensor_once_a_batch_and_nothing_is_changed() ->
 
 def test_targets_with_the_same_statistics_share_an_observer_and_others_do_not() -> None:
     model, data = networks.network("plain"), networks.batches("plain")
-    one, same, other = api.prepare_all(model, data[0], ("snpe", "onnxruntime", "openvino"), recipe="fast")
+    with networks.captured_once("plain"):
+        one, same, other = api.prepare_all(model, data[0], ("snpe", "onnxruntime", "openvino"), recipe="fast")
+        mse, least = api.prepare_all(model, data[0], ("onnxruntime", "nnie"), recipe="plain")
     assert one.observers["relu"] is same.observers["relu"] is other.observers["relu"]
     assert len({id(o) for p in (one, same) for o in p.observers.values()}) == len(one.observers)
     grouped = observed_tensors(one.plan)
     assert grouped["relu"] == ("relu",)
-    mse, least = api.prepare_all(model, data[0], ("onnxruntime", "nnie"), recipe="plain")
     assert type(mse.observers["relu"]) is not type(least.observers["relu"]), "log codes are never clipped, so theirs is min-max"
 
 
@@ -283,7 +301,7 @@ def test_schemes_are_chosen_in_words(weight: str | None, activation: str | None,
     chosen = with_schemes(free(), weight, activation)
     assert (chosen.weight.describe(), chosen.activation.describe()) == specs
     data = networks.batches("plain")
-    prepared = qdeploy.prepare(networks.network("plain"), data[0], free(), "fast", weight_scheme=weight, activation_scheme=activation)
+    prepared = networks.fresh("plain", free(), recipe="fast", weight_scheme=weight, activation_scheme=activation)
     qdeploy.calibrate(prepared, data)
     described = {encoding.role: encoding.spec for encoding in prepared.encodings()}
     ends = chosen.first_last_bits
@@ -347,7 +365,7 @@ def test_every_scheme_of_a_target_can_be_chosen_and_is_what_the_error_lists(back
 )
 def test_a_grid_of_one_width_has_no_other(options: dict[str, object], words: str) -> None:
     with pytest.raises(QDeployError, match=words):
-        qdeploy.prepare(networks.network("plain"), networks.batches("plain")[0], free(), "fast", **options)
+        networks.fresh("plain", free(), recipe="fast", **options)
 
 
 # the command line
@@ -363,9 +381,25 @@ def run(*arguments: object) -> int:
     return 0
 
 
+_digits: list[Captured] = []
+
+
+@pytest.fixture
+def digits_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sample model is captured, and so exported, once for all tests of the command line here."""
+
+    def once(*arguments: Any) -> Captured:
+        if not _digits:
+            _digits.append(capture(*arguments))
+        return _digits[0]
+
+    monkeypatch.setattr(api, "capture", once)
+
+
 QUICK = ["--data", CALIBRATION, "--recipe", "fast", "--samples", "64", "--runtime", "onnxruntime:none"]
 
 
+@pytest.mark.usefixtures("digits_captured_once")
 def test_the_command_line_makes_a_folder_a_target_and_one_list_of_json(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert run("quantize", MODEL, "--backend", "snpe,tensorrt", *QUICK, "--out", out, "--json") == 0
@@ -380,6 +414,7 @@ def test_the_command_line_makes_a_folder_a_target_and_one_list_of_json(tmp_path:
     assert run("verify", out / "snpe", "--runtime", "onnxruntime:none", "--quiet") == 0
 
 
+@pytest.mark.usefixtures("digits_captured_once")
 def test_the_command_line_shows_a_table_and_a_next_command_for_each_target(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert run("quantize", MODEL, "--backend", "snpe, tvm", *QUICK, "--out", out, "--weight-bits", "8") == 0
@@ -400,6 +435,7 @@ def test_the_command_line_refuses_a_wrong_list_before_it_begins(names: str, tmp_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("digits_captured_once")
 @pytest.mark.parametrize("command", ["inspect", "quantize"])
 def test_the_command_line_takes_schemes(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     own = tmp_path / "npu.py"

@@ -508,7 +508,7 @@ def assert_on_grid(quantizer: Quantizer, values: Tensor) -> None:
     assert torch.equal(((codes - zero.reshape(shape)).float() * scale.float().reshape(shape)), values)
 
 
-@settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(steps=programs())
 def test_inserted_quantizers_are_called_once_a_tensor_change_nothing_in_float_and_put_values_on_their_grids(steps):
     model = Random(steps).eval()

@@ -202,7 +202,7 @@ def test_importance_says_which_errors_count():
     plain, even, none = block(), block(), block()
     x, exact, target = data(plain)
     nearest = [arith.fake_quantize(w, q.scale, q.zero_point, q.spec) for w, q in ((none.conv1.weight, none.weight1),)]
-    settings = Settings(iterations=120, batch=8, rounding_rate=5e-2, learn_weight_steps=False)
+    settings = Settings(iterations=60, batch=8, rounding_rate=5e-2, learn_weight_steps=False)
     for unit, importance in ((plain, None), (even, [torch.ones_like(target)]), (none, [torch.zeros_like(target)])):
         reconstruct(unit, [x], [exact], [target], settings, 0, importance=importance)
     assert state(plain) == state(even)

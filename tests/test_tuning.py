@@ -88,7 +88,7 @@ def _steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def prepared(*steps: tuple[str, dict[str, object]], name: str = "plain", **options: object) -> Prepared:
     chosen = tuple(StepChoice(step=step, options=given) for step, given in steps)
     recipe = Recipe(name="test", by_grid=True, steps=chosen)
-    return qdeploy.prepare(networks.network(name), networks.batches(name)[0], "snpe", recipe=recipe, **options)
+    return networks.fresh(name, "snpe", recipe=recipe, **options)
 
 
 def parameters(one: Prepared) -> dict[str, Tensor]:
@@ -142,10 +142,10 @@ def test_too_few_labels_are_refused():
 
 
 def test_the_manifest_lists_every_step(tmp_path: Path):
-    made = qdeploy.calibrate(prepared(("scaled", {}), ("unwilling", {})), networks.batches("plain"))
+    made = qdeploy.calibrate(prepared(("scaled", {}), ("unwilling", {}), ("bias_correction", {})), networks.batches("plain"))
     qdeploy.convert(made, tmp_path / "out")
     steps = json.loads((tmp_path / "out/qdeploy.json").read_text())["steps"]
-    assert [entry["step"] for entry in steps] == ["scaled", "unwilling"]
+    assert [entry["step"] for entry in steps] == ["scaled", "unwilling", "bias_correction"]
     assert {"options", "metric", "before", "after", "gain", "seconds", "decision", "reason"} <= steps[0].keys()
 
 
@@ -251,16 +251,14 @@ def test_the_judge_measures_signal_over_noise():
 
 
 def test_the_float_row_is_the_users_model_whatever_the_steps_have_changed(tmp_path: Path):
-    made = qdeploy.calibrate(
-        prepared(("scaled", {}), ("equalize", {}), ("bias_correction", {}), name="residual"), networks.batches("residual")
-    )
+    made = qdeploy.calibrate(prepared(("scaled", {}), ("equalize", {}), ("bias_correction", {})), networks.batches("plain"))
     artifact = qdeploy.convert(made, tmp_path / "out")
-    (batch,) = networks.batches("residual")[0]
-    labels = networks.network("residual")(batch).argmax(1)
+    (batch,) = networks.batches("plain")[0]
+    labels = networks.network("plain")(batch).argmax(1)
     report = qdeploy.verify(artifact, [batch], "onnxruntime:none", labels, simulation=made)
     assert report.results[0].name == "float" and report.results[0].accuracy == 1
     with torch.no_grad():
-        wanted = networks.network("residual")(torch.from_numpy(artifact.reference()["input.x"]))
+        wanted = networks.network("plain")(torch.from_numpy(artifact.reference()["input.x"]))
     (name,) = artifact.outputs
     assert torch.allclose(torch.from_numpy(artifact.reference()[f"float.{name}"]), wanted, atol=1e-5)
     alone = qdeploy.verify(artifact, [batch], "onnxruntime:none", labels)
