@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,7 +25,9 @@ from qdeploy.core.backend import Backend, backends
 from qdeploy.export.artifact import Artifact
 from qdeploy.recipes.presets import find_recipe
 from qdeploy.recipes.step_runner import made_steps
+from qdeploy.runtimes.runtime import runtimes
 from qdeploy.simulation.prepared import Prepared
+from qdeploy.verification.verify import MIN_SQNR
 
 Batch = tuple[Tensor, ...]
 _OWN = tempfile.TemporaryDirectory(prefix="qdeploy-tests-")
@@ -299,3 +302,18 @@ def artifact(name: str, backend: str) -> Artifact:
 def flat(outputs: object) -> Sequence[Tensor]:
     """All tensors of a model's output, in order."""
     return torch.utils._pytree.tree_leaves(outputs)
+
+
+def poor(artifact: Artifact, variant: str = "none") -> dict[str, float]:
+    """The outputs that ONNX Runtime computes with an SQNR below the bound of `verify`, which looks at all outputs together."""
+    saved = artifact.reference()
+    inputs = [saved[f"input.{spec['name']}"] for spec in artifact.inputs]
+    made = runtimes["onnxruntime"].open(artifact.simulation, len(inputs[0]), variant).run(inputs)
+    found = {}
+    for name, ours in zip(artifact.outputs, made, strict=True):
+        simulated = saved[f"simulated.{name}"]
+        noise = float(np.square(simulated - ours, dtype=np.float64).sum())
+        sqnr = 10 * np.log10(max(float(np.square(simulated, dtype=np.float64).sum()), 1e-300) / max(noise, 1e-300))
+        if not sqnr >= MIN_SQNR:
+            found[name] = float(sqnr)
+    return found

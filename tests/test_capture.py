@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import qdeploy
+from qdeploy import api
 from qdeploy.capture import outputs, simplify
 from qdeploy.capture.capture import Captured, capture
 from qdeploy.capture.fold import fold_batch_norms, untie_biases
 from qdeploy.core.errors import CaptureError, InputError
-from qdeploy.graph import query
+from qdeploy.graph import edit, query
 
 
 class Lambda(nn.Module):
@@ -143,6 +145,12 @@ def inputs_of(name: str, batch: int) -> tuple[Tensor, ...]:
     return MODELS[name][2](batch)
 
 
+@cache
+def captured_of(name: str) -> Captured:
+    """Made once a process: not to be changed."""
+    return capture(build(name), inputs_of(name, 2))
+
+
 def assert_computes(module: nn.Module, model: nn.Module, inputs: tuple[Tensor, ...], tolerance: float) -> None:
     with torch.no_grad():
         (made, structure), (wanted, expected) = pytree.tree_flatten(module(*inputs)), pytree.tree_flatten(model(*inputs))
@@ -154,28 +162,35 @@ def assert_computes(module: nn.Module, model: nn.Module, inputs: tuple[Tensor, .
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_captured_and_folded_graph_computes_the_module_for_any_batch(name: str):
-    model = build(name)
-    captured = capture(model, inputs_of(name, 2))
+    model, captured = build(name), captured_of(name)
     assert captured.dynamic_batch and not captured.notes
     for batch in (1, 7):
         assert_computes(captured.module, model, inputs_of(name, batch), 1e-6)
-    assert fold_batch_norms(captured.module) == MODELS[name][1]
-    untie_biases(captured.module)
+    folded = edit.copy(captured.module, own_parameters=True)
+    assert fold_batch_norms(folded) == MODELS[name][1]
+    untie_biases(folded)
     for batch in (1, 7):
-        assert_computes(captured.module, model, inputs_of(name, batch), 1e-5)
+        assert_computes(folded, model, inputs_of(name, batch), 1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name, (_, folds, _) in MODELS.items() if folds])
 def test_folding_in_float64_is_exact_to_rounding(name: str):
     model = build(name).double()
-    inputs = tuple(x.double() for x in inputs_of(name, 3))
-    captured = capture(model, inputs)
-    fold_batch_norms(captured.module)
-    assert not [node for node in captured.module.graph.nodes if "batch_norm" in str(node.target)]
-    assert_computes(captured.module, model, inputs, 1e-12)
+    folded = edit.copy(captured_of(name).module, own_parameters=True).double()
+    fold_batch_norms(folded)
+    assert not [node for node in folded.graph.nodes if "batch_norm" in str(node.target)]
+    assert_computes(folded, model, tuple(x.double() for x in inputs_of(name, 3)), 1e-12)
 
 
-@pytest.mark.parametrize("name", MODELS)
+UNLIKE = ("conv-bn-relu", "dropout", "two inputs", "twice with two norms", "tied", "linear-bn", "grouped transpose-bn")
+"""Models that between them have every kind of layer, of input and of sharing."""
+
+
+def quick(names: Iterable[str], kept: Iterable[str]) -> list[object]:
+    return [name if name in kept else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", quick(MODELS, UNLIKE))
 def test_nothing_of_the_users_model_changes(name: str):
     model = build(name)
     model.train()
@@ -208,8 +223,7 @@ def test_a_traced_graph_in_training_mode_is_captured_in_eval_mode():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_graph_is_functional_with_readable_unique_names_and_no_sizes_to_compute(name: str):
-    captured = capture(build(name), inputs_of(name, 2))
-    nodes = list(captured.module.graph.nodes)
+    nodes = list(captured_of(name).module.graph.nodes)
     names = [query.tensor_name(node) for node in nodes if node.op != "output"]
     assert len(set(names)) == len(names)
     assert {node.op for node in nodes} <= {"placeholder", "get_attr", "call_function", "output"}
@@ -231,8 +245,14 @@ def program(model: nn.Module, *inputs: Tensor) -> torch.export.ExportedProgram:
     return torch.export.export(model.eval(), inputs)
 
 
-@pytest.mark.parametrize("name", ["conv-bn-relu", "depthwise", "two inputs", "tied", "linear-bn", "star"])
-@pytest.mark.parametrize("given", ["example", "no example"])
+PROGRAMS = ("conv-bn-relu", "depthwise", "two inputs", "tied", "linear-bn", "star")
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [(name, "no example") for name in PROGRAMS]
+    + [pytest.param(n, "example", marks=() if n in ("conv-bn-relu", "two inputs") else pytest.mark.slow) for n in PROGRAMS],
+)
 def test_a_program_with_a_fixed_batch_gets_a_dynamic_one(name: str, given: str):
     model, inputs = build(name), inputs_of(name, 1)
     captured = capture(program(model, *inputs), inputs if given == "example" else None)
@@ -284,13 +304,13 @@ class Anchored(nn.Module):
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_a_model_that_fixes_the_batch_is_captured_at_that_of_the_example_with_a_note(batch: int) -> None:
     model = Anchored()
-    captured = capture(model, images(batch))
+    prepared = qdeploy.prepare(model, images(batch), "snpe", "plain")
+    captured = prepared.captured
     assert captured.inputs[0].shape == (batch, 3, 8, 8)
     assert captured.example[0].shape[0] == batch
     (note,) = captured.notes
     assert f"the batch stays fixed at {batch}" in note
     assert "batch" in note.partition("(")[2]
-    prepared = qdeploy.prepare(model, images(batch), "snpe", "plain")
     with pytest.raises(InputError, match=f"to do: give batches of {batch},"):
         qdeploy.calibrate(prepared, [images(batch + 1)])
     torch.testing.assert_close(captured.module(images(batch)), model(images(batch)))
@@ -392,12 +412,12 @@ class NamedLikeOps(nn.Module):
         return self.conv(torch.relu(x + self.x) * self.relu)
 
 
-@pytest.mark.parametrize("backend", ["snpe", "tensorrt"])
-def test_parameters_named_like_an_op_or_an_input_keep_their_names(backend: str) -> None:
-    prepared = qdeploy.prepare(NamedLikeOps(), torch.randn(2, 3, 8, 8), backend, "fast")
-    names = [t.tensor for t in prepared.plan.tensors]
-    assert len(names) == len(set(names))
-    qdeploy.calibrate(prepared, [torch.randn(4, 3, 8, 8)])
+def test_parameters_named_like_an_op_or_an_input_keep_their_names() -> None:
+    together = api.prepare_all(NamedLikeOps(), torch.randn(2, 3, 8, 8), ("snpe", "tensorrt"), recipe="fast")
+    for prepared in together:
+        names = [t.tensor for t in prepared.plan.tensors]
+        assert len(names) == len(set(names)), prepared.backend.name
+    api.calibrate_all(together, [torch.randn(4, 3, 8, 8)])
 
 
 class Shuffled(nn.Module):

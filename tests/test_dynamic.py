@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import collections
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 
+import networks
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -19,7 +20,9 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import qdeploy
+from qdeploy import api
 from qdeploy.capture.capture import capture
+from qdeploy.cli.main import main
 from qdeploy.core.errors import CaptureError, InputError, OptionError, QDeployError
 from qdeploy.export.artifact import Artifact
 from qdeploy.export.onnx_file import with_sizes
@@ -46,6 +49,22 @@ class Words(nn.Module):
     ) -> dict[str, object]:
         x = self.table(input_ids) + self.position[:, : input_ids.shape[1]]
         x = self.layer(x, src_key_padding_mask=None if attention_mask is None else attention_mask == 0)
+        x = x if gain is None else x * gain[:, None, None]
+        return {"logits": self.head(x), "extra": extra, "more": [x]}
+
+
+class Few(nn.Module):
+    """Takes what `Words` takes, and computes little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(11, 8), nn.Linear(8, 5)
+
+    def forward(
+        self, input_ids: Tensor, extra: Tensor | None = None, attention_mask: Tensor | None = None, *, gain: Tensor | None = None
+    ) -> dict[str, object]:
+        x = self.table(input_ids)
+        x = x if attention_mask is None else x * attention_mask[:, :, None]
         x = x if gain is None else x * gain[:, None, None]
         return {"logits": self.head(x), "extra": extra, "more": [x]}
 
@@ -102,18 +121,36 @@ MODELS: dict[
     "picture": (Picture, picture, SIDES, (9, 31, 40), ["out", "label"]),
     "unet": (Unet, picture, SIDES, (8, 20, 36), ["last"]),
 }
+FILED = {"few": (Few, words, SEQUENCE, (3, 13, 32), ["logits", "more.0"])} | MODELS
 
 
 def network(name: str) -> nn.Module:
+    return seeded(FILED[name][0])
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        return MODELS[name][0]().eval()
+        return make().eval()
+
+
+@cache
+def _calibrated(name: str) -> dict[str, Prepared]:
+    _, samples, dynamic, _, _ = MODELS[name]
+    together = api.prepare_all(network(name), samples(2, 16), BACKENDS, recipe="fast", dynamic=dynamic)
+    return {one.backend.name: one for one in api.calibrate_all(together, [samples(4, 16)] * 2)}
 
 
 def calibrated(name: str, backend: str) -> Prepared:
-    _, samples, dynamic, _, _ = MODELS[name]
-    prepared = qdeploy.prepare(network(name), samples(2, 16), backend, "fast", dynamic=dynamic)
-    return qdeploy.calibrate(prepared, [samples(4, 16)] * 2)
+    """Made once a process with those of all other backends: not to be changed."""
+    return _calibrated(name)[backend]
+
+
+@cache
+def converted(name: str, backend: str) -> Artifact:
+    """Its artifact: not to be changed."""
+    path = networks.FOLDER / f"open-{name}-{backend}"
+    return Artifact.open(networks.once(path, lambda: qdeploy.convert(calibrated(name, backend), path).path))
 
 
 def literal(path: Path, inputs: Named) -> list[np.ndarray]:
@@ -140,10 +177,9 @@ def assert_same(made: list[np.ndarray], wanted: list[Tensor]) -> None:
 
 @everywhere
 @pytest.mark.parametrize("name", MODELS)
-def test_the_emitted_file_computes_the_simulation_at_sizes_other_than_the_examples(name: str, backend: str, tmp_path: Path) -> None:
+def test_the_emitted_file_computes_the_simulation_at_sizes_other_than_the_examples(name: str, backend: str) -> None:
     _, samples, dynamic, sizes, outputs = MODELS[name]
-    prepared = calibrated(name, backend)
-    artifact = qdeploy.convert(prepared, tmp_path / "out")
+    prepared, artifact = calibrated(name, backend), converted(name, backend)
     for path in {artifact.model, artifact.simulation}:
         found = dims(path)
         assert [found[spec.name][0] for spec in prepared.captured.inputs] == ["batch"] * len(dynamic)
@@ -166,8 +202,7 @@ def test_an_artifact_with_open_sizes_passes_its_checks_on_the_runtimes_at_hand(b
 
 
 def test_runtimes_of_one_size_get_a_file_of_that_size_in_which_shapes_are_constants(tmp_path: Path) -> None:
-    prepared = calibrated("words", "onnxruntime")
-    path = qdeploy.convert(prepared, tmp_path / "out").simulation
+    prepared, path = calibrated("words", "onnxruntime"), converted("words", "onnxruntime").simulation
     assert "Shape" in {node.op_type for node in onnx.load(path).graph.node}
     fixed = with_sizes(onnx.load(path), {"batch": 3, "sequence": 7})
     onnx.checker.check_model(fixed, full_check=True)
@@ -177,10 +212,16 @@ def test_runtimes_of_one_size_get_a_file_of_that_size_in_which_shapes_are_consta
     assert_same(literal(tmp_path / "fixed.onnx", words(3, 7)), flat(prepared(**words(3, 7))))
 
 
-@pytest.mark.parametrize("kind", ["pt2", "onnx"])
-@pytest.mark.parametrize("name", MODELS)
+QUICK = {("few", "pt2"), ("few", "onnx"), ("picture", "onnx"), ("unet", "pt2")}
+"""Both kinds of files, sizes that two inputs share, and sizes that are multiples in the file that can say so."""
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [pytest.param(n, k, marks=() if (n, k) in QUICK else pytest.mark.slow) for n in FILED for k in ("pt2", "onnx")],
+)
 def test_what_a_file_leaves_open_is_open_in_the_emitted_file(name: str, kind: str, tmp_path: Path) -> None:
-    _, samples, dynamic, sizes, _ = MODELS[name]
+    _, samples, dynamic, sizes, _ = FILED[name]
     model, example = network(name), samples(2, 16)
     if name == "unet":
         sizes_of = {"x": {0: Dim("n"), 2: 4 * Dim("quarter_height"), 3: 4 * Dim("quarter_width")}}
@@ -274,10 +315,11 @@ def test_a_program_is_asked_for_what_it_has_open_and_refuses_the_rest() -> None:
 
 def test_calibration_takes_batches_of_several_sizes_and_steps_refuse_them_before_they_begin() -> None:
     batches = [words(4, 9), words(2, 16), words(4, 9)]
+    model = seeded(Few)
     for recipe in ("plain", "fast"):
-        prepared = qdeploy.calibrate(qdeploy.prepare(network("words"), batches[0], "snpe", recipe, dynamic=SEQUENCE), batches)
+        prepared = qdeploy.calibrate(qdeploy.prepare(model, batches[0], "snpe", recipe, dynamic=SEQUENCE), batches)
         assert prepared.samples_seen == 10 and [part[0].shape[1] for part in prepared.reference] == [9, 9]
-    prepared = qdeploy.prepare(network("words"), batches[0], "snpe", "default", dynamic=SEQUENCE)
+    prepared = qdeploy.prepare(model, batches[0], "snpe", "default", dynamic=SEQUENCE)
     with pytest.raises(InputError, match=r"need samples of one size.*pad or cut.*'plain' or 'fast'"):
         qdeploy.calibrate(prepared, batches)
 
@@ -286,13 +328,13 @@ def test_a_batch_is_refused_that_the_model_cannot_compute_or_whose_inputs_differ
     prepared = qdeploy.prepare(network("unet"), picture(2, 16), "snpe", "fast", dynamic=SIDES)
     with pytest.raises(InputError, match=r"cannot compute a batch; found: \[\[2, 3, 18, 16\]\]"):
         qdeploy.calibrate(prepared, [picture(2, 18, 16)])
-    prepared = qdeploy.prepare(network("words"), words(2, 9), "snpe", "fast", dynamic=SEQUENCE)
+    prepared = qdeploy.prepare(seeded(Few), words(2, 9), "snpe", "fast", dynamic=SEQUENCE)
     with pytest.raises(InputError, match="different sizes for 'sequence'; found: 9 in 'input_ids', 8 in 'attention_mask'"):
         qdeploy.calibrate(prepared, [words(2, 9) | {"attention_mask": words(2, 8)["attention_mask"]}])
 
 
 def test_inputs_are_taken_by_name_in_any_order_also_behind_what_is_left_out() -> None:
-    model, inputs = network("words"), words(2, 9) | {"gain": torch.tensor([2.0, 3.0])}
+    model, inputs = seeded(Few), words(2, 9) | {"gain": torch.tensor([2.0, 3.0])}
     for example in (inputs, collections.UserDict(inputs), dict(reversed(inputs.items()))):
         captured = capture(model, example)  # type: ignore[arg-type]
         assert [spec.name for spec in captured.inputs] == ["input_ids", "attention_mask", "gain"]
@@ -303,6 +345,11 @@ def test_inputs_are_taken_by_name_in_any_order_also_behind_what_is_left_out() ->
     assert all(torch.equal(a, b) for a, b in zip(flat(by_place), flat(prepared(**inputs)), strict=True))
 
 
+@cache
+def few() -> Prepared:
+    return qdeploy.prepare(seeded(Few), words(2, 9), "snpe", "fast")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -310,15 +357,14 @@ def test_inputs_are_taken_by_name_in_any_order_also_behind_what_is_left_out() ->
         ({"input_ids": None}, "missing 'input_ids'; allowed: .*give what is missing"),
         ({"labels": ROWS}, "unknown 'labels'; allowed: input_ids, attention_mask"),
     ],
-    ids=str,
+    ids=["unknown", "missing", "of no model"],
 )
 def test_unknown_and_missing_names_are_refused(change: dict[str, Tensor | None], message: str) -> None:
     given = {name: tensor for name, tensor in (words(2, 9) | change).items() if tensor is not None}
-    prepared = qdeploy.prepare(network("words"), words(2, 9), "snpe", "fast")
     with pytest.raises(InputError, match=f"a batch has wrong input names; found: {message}"):
-        qdeploy.calibrate(prepared, [given])
+        qdeploy.calibrate(few(), [given])
     with pytest.raises(InputError, match=f"the example has wrong input names; found: {message.partition(';')[0]}"):
-        qdeploy.prepare(network("words"), given, "snpe", "fast")
+        qdeploy.prepare(seeded(Few), given, "snpe", "fast")
 
 
 class Keys(nn.Module):
@@ -332,11 +378,17 @@ class Keys(nn.Module):
         return {"x": self.out(x).relu(), "logits": y, "same": y, "input": x, "best": y.argmax(1), "past": (None, [y * 2])}
 
 
+@cache
+def keyed() -> dict[str, Prepared]:
+    torch.manual_seed(0)
+    together = api.prepare_all(Keys().eval(), {"x": torch.randn(2, 4)}, BACKENDS, recipe="fast")
+    return {one.backend.name: one for one in api.calibrate_all(together, [torch.randn(8, 4)])}
+
+
 @everywhere
 def test_outputs_have_the_keys_of_the_model_in_file_manifest_and_encodings(backend: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    prepared = qdeploy.prepare(Keys().eval(), {"x": torch.randn(2, 4)}, backend, "fast")
-    artifact = qdeploy.convert(qdeploy.calibrate(prepared, [torch.randn(8, 4)]), tmp_path / "out")
+    prepared = keyed()[backend]
+    artifact = qdeploy.convert(prepared, tmp_path / "out")
     names = ["x_output", "logits", "same", "input", "best", "past.1.0"]
     assert artifact.outputs == names == [value.name for value in onnx.load(artifact.simulation).graph.output]
     x = torch.randn(5, 4)
@@ -363,20 +415,31 @@ def make():
 """
 
 
-def command(tmp_path: Path, arrays: Mapping[str, np.ndarray], *more: str) -> tuple[int, str]:
-    """Exit status and errors of `qdeploy quantize` on the model above."""
-    (tmp_path / "zoo.py").write_text(ZOO)
-    np.savez(tmp_path / "data.npz", **arrays)
-    words = ["quantize", "zoo.py:make", "--backend", "onnxruntime", "--data", "data.npz", "--recipe", "fast", "--out", "out", *more]
-    program = [sys.executable, "-c", "from qdeploy.cli.main import main; main()", *words, "--runtime", "onnxruntime:none"]
-    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    return done.returncode, done.stderr
+Command = Callable[..., tuple[int, str]]
 
 
-def test_the_command_line_takes_arrays_by_name_and_leaves_sizes_open(tmp_path: Path) -> None:
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Exit status and errors of `qdeploy quantize` on the model above, in this process."""
+
+    def run(arrays: Mapping[str, np.ndarray], *more: str) -> tuple[int, str]:
+        (tmp_path / "zoo.py").write_text(ZOO)
+        np.savez(tmp_path / "data.npz", **arrays)
+        words = ["quantize", "zoo.py:make", "--backend", "onnxruntime", "--data", "data.npz", "--recipe", "fast", "--out", "out", *more]
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.setattr(sys, "argv", ["qdeploy", *words, "--runtime", "onnxruntime:none"])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return int(end.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
+def test_the_command_line_takes_arrays_by_name_and_leaves_sizes_open(command: Command, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     arrays = {"gain": random.random((6, 1, 4), np.float32), "left": random.random((6, 5, 4), np.float32)}
-    status, errors = command(tmp_path, arrays, "--dynamic", "left:1=rows")
+    status, errors = command(arrays, "--dynamic", "left:1=rows")
     assert status == 0, errors
     artifact = Artifact.open(tmp_path / "out")
     assert dims(artifact.model) == {"left": ["batch", "rows", 4], "gain": ["batch", 1, 4], "scores": ["batch", "rows", 3]}
@@ -396,6 +459,8 @@ def test_the_command_line_takes_arrays_by_name_and_leaves_sizes_open(tmp_path: P
     ],
     ids=["no dimension", "unknown", "out of range", "arrays"],
 )
-def test_the_command_line_refuses_names_that_there_are_not(names: tuple[str, str], dynamic: str, message: str, tmp_path: Path) -> None:
-    status, errors = command(tmp_path, {name: np.ones((4, 5, 4), np.float32) for name in names}, "--dynamic", dynamic)
+def test_the_command_line_refuses_names_that_there_are_not(
+    names: tuple[str, str], dynamic: str, message: str, command: Command
+) -> None:
+    status, errors = command({name: np.ones((4, 5, 4), np.float32) for name in names}, "--dynamic", dynamic)
     assert status == 2 and errors.startswith("error: ") and message in errors
