@@ -180,7 +180,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 def test_the_registry_imports_no_runtime() -> None:
     libraries = ["torch", "onnx", *sorted({module for runtime in runtimes for module in runtime.modules})]
-    code = f"import sys, qdeploy.runtimes as r; r.runtimes.names(); print([m for m in {libraries} if m in sys.modules])"
+    code = f"import sys, qdeploy.runtimes.runtime as r; r.runtimes.names(); print([m for m in {libraries} if m in sys.modules])"
     done = run_python(code)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
@@ -192,7 +192,7 @@ def test_opening_and_running_prints_nothing_and_asks_no_network(name: str, netwo
     code = f"""
 import socket, sys, numpy as np
 from pathlib import Path
-from qdeploy.runtimes import runtimes
+from qdeploy.runtimes.runtime import runtimes
 socket.getaddrinfo = lambda *args, **kwargs: print("network:", args)
 runtime = runtimes[{name!r}]
 session = runtime.open(Path({str(network)!r}), 2, runtime.variants[0])

@@ -20,8 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch.nn import functional
 
 from qdeploy.core.errors import ArtifactError, NotInstalledError
+from qdeploy.runtimes import ncnn as ncnn_runtime
 from qdeploy.runtimes.runtime import Runtime, runtimes
-from qdeploy.runtimes.runtime import ncnn as ncnn_runtime
 
 Array = NDArray[Any]
 SHAPE = (3, 9, 7)  # odd, so that rows and channels of a packed layout do not end on whole vectors
@@ -365,7 +365,7 @@ def test_opening_and_running_prints_nothing_and_asks_no_network(
     code = f"""
 import socket, sys, numpy as np
 from pathlib import Path
-from qdeploy.runtimes import runtimes
+from qdeploy.runtimes.runtime import runtimes
 socket.getaddrinfo = lambda *args, **kwargs: print("network:", args)
 runtime = runtimes[{name!r}]
 session = runtime.open(Path({str(path)!r}), 2, runtime.variants[0])
