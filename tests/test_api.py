@@ -61,15 +61,15 @@ def test_quantize_takes_the_options_of_prepare_by_keyword() -> None:
         assert "Options" in str(options.annotation)
 
 
-def test_the_package_offers_the_verbs_and_nothing_else() -> None:
-    assert set(qdeploy.__all__) == set(CONTRACT)
+def test_the_package_offers_the_verbs_and_its_version_and_nothing_else() -> None:
+    assert set(qdeploy.__all__) == {*CONTRACT, "__version__"}
     with pytest.raises(AttributeError, match="module 'qdeploy' has no attribute 'quantise'"):
         _ = qdeploy.quantise
 
 
 @pytest.mark.parametrize("first", ["import qdeploy.api", "from qdeploy.verification.verify import Report"])
 def test_the_verb_verify_is_not_hidden_by_its_module(first: str) -> None:
-    code = f"import qdeploy; {first}; print(callable(qdeploy.verify), all(callable(getattr(qdeploy, v)) for v in qdeploy.__all__))"
+    code = f"import qdeploy; {first}; print(callable(qdeploy.verify), all(callable(getattr(qdeploy, v)) for v in {list(CONTRACT)}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
     assert done.stdout.split() == ["True", "True"]
 
