@@ -81,7 +81,7 @@ def test_damaged_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     Image.fromarray(np.zeros((4, 6), np.uint16)).save(tmp_path / "0.png")
     refused(InputError, ["0.png", "mode I;16", "8-bit"], tmp_path, RGB)
     monkeypatch.setitem(sys.modules, "PIL", None)
-    refused(NotInstalledError, ["Pillow", "qdeploy[images]"], tmp_path, RGB)
+    refused(NotInstalledError, ["Pillow", "pip install pillow"], tmp_path, RGB)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -166,11 +168,16 @@ def test_a_session_runs_again_and_leaves_earlier_outputs_alone(name: str, varian
 def test_a_missing_runtime_names_the_pip_command(name: str) -> None:
     runtime = replace(runtimes[name], modules=("qdeploy_has_no_such_module",))
     assert not runtime.installed()
-    package = f"qdeploy[{runtime.extra}]" if runtime.extra else "qdeploy"
     with pytest.raises(NotInstalledError) as error:
         runtime.require()
-    assert f"pip install '{package}'" in str(error.value)
+    assert f"pip install {' '.join(runtime.packages)}" in str(error.value)
     assert name in str(error.value)
+
+
+def test_the_pip_commands_name_what_the_extras_bring() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    known = {re.split("[<>=]", line)[0] for line in sum(project["optional-dependencies"].values(), project["dependencies"])}
+    assert {package for runtime in runtimes for package in runtime.packages} <= known
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

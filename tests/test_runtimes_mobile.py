@@ -279,7 +279,7 @@ def test_ncnn_without_its_converter_names_the_pip_command(tmp_path: Path, monkey
     runtime = installed("ncnn")
     path = write_ncnn(Network(), tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(NotInstalledError, match=r"pnnx.*pip install 'qdeploy\[ncnn\]'"):
+    with pytest.raises(NotInstalledError, match=r"pnnx.*pip install pnnx"):
         runtime.open(path, 1, "plain")
 
 

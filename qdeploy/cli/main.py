@@ -313,8 +313,7 @@ def runtimes(name: Name = None, as_json: Json = False) -> None:
 
     rows = []
     for r in [registry[name]] if name else registry:
-        install = f"pip install 'qdeploy[{r.extra}]'" if r.extra else "pip install qdeploy"
-        rows.append({"name": r.name, "title": r.title, "variants": list(r.variants), "installed": r.installed(), "install": install})
+        rows.append({"name": r.name, "title": r.title, "variants": list(r.variants), "installed": r.installed(), "install": r.install})
     print_rows(rows, ("name", "title", "installed", "install"), name, as_json)
 
 

@@ -289,7 +289,7 @@ def pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise NotInstalledError("images need the package Pillow", action="pip install 'qdeploy[images]'") from error
+        raise NotInstalledError("images need the package Pillow", action="pip install pillow") from error
     return Image
 
 

@@ -119,7 +119,7 @@ runtimes.add(
         name="mnn",
         title="MNN, CPU",
         modules=("MNN",),
-        extra="mnn",
+        packages=("MNN",),
         min_agreement=0.99,
         open=_open,
     ),

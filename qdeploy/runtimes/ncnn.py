@@ -113,7 +113,7 @@ def _convert(place: Path, model: Any) -> None:
     """Turn model.onnx in `place` into model.ncnn.param and model.ncnn.bin there."""
     spec = importlib.util.find_spec("pnnx")
     if spec is None or not spec.submodule_search_locations:
-        raise NotInstalledError("runtime 'ncnn' needs pnnx, which is not installed", action="pip install 'qdeploy[ncnn]'")
+        raise NotInstalledError("runtime 'ncnn' needs pnnx, which is not installed", action="pip install pnnx")
     constants = {tensor.name for tensor in model.graph.initializer}
     shapes = _shapes([value for value in model.graph.input if value.name not in constants])
     form = ",".join(f"[{','.join(map(str, shape))}]" for shape in shapes)
@@ -199,7 +199,7 @@ runtimes.add(
         name="ncnn",
         title="ncnn, CPU",
         modules=("ncnn", "pnnx"),
-        extra="ncnn",
+        packages=("ncnn", "pnnx"),
         min_agreement=0.97,  # adds between layers are in float, where kernels round as they like: 98 to 99 % were measured
         open=_open,
         variants=("packed", "plain"),

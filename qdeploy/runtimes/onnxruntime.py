@@ -96,7 +96,7 @@ runtimes.add(
         name="onnxruntime",
         title="ONNX Runtime, CPU",
         modules=("onnxruntime",),
-        extra=None,
+        packages=("onnxruntime",),
         min_agreement=0.999,
         open=_open,
         variants=("all", "none"),

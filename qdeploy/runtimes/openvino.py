@@ -75,7 +75,7 @@ runtimes.add(
         name="openvino",
         title="OpenVINO, CPU",
         modules=("openvino",),
-        extra="openvino",
+        packages=("openvino",),
         min_agreement=0.995,
         open=_open,
         variants=tuple(OPTIONS),

@@ -79,7 +79,7 @@ runtimes.add(
         name="qnn_htp",
         title="Qualcomm QNN, HTP emulation",
         modules=("onnxruntime_qnn",),
-        extra="qnn",
+        packages=("onnxruntime-qnn",),
         min_agreement=0.97,
         open=_open,
         max_batch=10,

@@ -42,21 +42,26 @@ class Session(Protocol):
 class Runtime:
     """One runtime.
 
-    `open(path, batch, variant)` opens the ONNX file for batches of exactly `batch`, in one of the `variants` (ways to run, such
-    as with and without graph optimizations). `min_agreement` is the share of samples whose top-1 must be that of the
-    simulation. `any_size` says whether a session takes any size of what the file leaves open beyond the batch; others get files
-    without such sizes.
+    `modules` is what it imports, `packages` what pip calls the packages that bring them. `open(path, batch, variant)` opens the
+    ONNX file for batches of exactly `batch`, in one of the `variants` (ways to run, such as with and without graph
+    optimizations). `min_agreement` is the share of samples whose top-1 must be that of the simulation. `any_size` says whether a
+    session takes any size of what the file leaves open beyond the batch; others get files without such sizes.
     """
 
     name: str
     title: str
     modules: tuple[str, ...]
-    extra: str | None
+    packages: tuple[str, ...]
     min_agreement: float
     open: Callable[[Path, int, str], Session]
     variants: tuple[str, ...] = ("default",)
     max_batch: int = 64
     any_size: bool = False
+
+    @property
+    def install(self) -> str:
+        """The pip command: of its packages, not of an extra of qdeploy, since that works wherever qdeploy came from."""
+        return f"pip install {' '.join(self.packages)}"
 
     def installed(self) -> bool:
         """Whether the runtime's modules can be imported here."""
@@ -65,8 +70,7 @@ class Runtime:
     def require(self) -> None:
         """Raise `NotInstalledError`, with the pip command, where the runtime is not installed."""
         if not self.installed():
-            package = f"qdeploy[{self.extra}]" if self.extra else "qdeploy"
-            raise NotInstalledError(f"runtime '{self.name}' is not installed", action=f"pip install '{package}'")
+            raise NotInstalledError(f"runtime '{self.name}' is not installed", action=self.install)
 
 
 @contextmanager

@@ -61,7 +61,7 @@ runtimes.add(
         name="tvm",
         title="Apache TVM, CPU",
         modules=("tvm",),
-        extra="tvm",
+        packages=("apache-tvm",),
         min_agreement=0.999,
         open=_open,
     ),
