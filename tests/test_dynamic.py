@@ -212,7 +212,7 @@ def test_runtimes_of_one_size_get_a_file_of_that_size_in_which_shapes_are_consta
     assert_same(literal(tmp_path / "fixed.onnx", words(3, 7)), flat(prepared(**words(3, 7))))
 
 
-QUICK = {("few", "pt2"), ("few", "onnx"), ("picture", "onnx"), ("unet", "pt2")}
+QUICK = {("few", "pt2"), ("few", "onnx"), ("unet", "pt2")}
 """Both kinds of files, sizes that two inputs share, and sizes that are multiples in the file that can say so."""
 
 

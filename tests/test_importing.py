@@ -293,7 +293,7 @@ def test_a_detector_ends_before_its_boxes_are_sorted_out_and_keeps_the_names_of_
     x = torch.randn(2, 3, 8, 8)
     made = part.module()(x)  # type: ignore[union-attr]
     assert {name: tuple(t.shape) for name, t in made.items()} == {"scores": (2, 1, 64), "boxes": (2, 64, 5)}
-    artifact = qdeploy.convert(qdeploy.calibrate(qdeploy.prepare(part, x, "snpe", recipe="plain"), [x]), tmp_path / "out")
+    artifact = qdeploy.quantize(part, [x], "snpe", tmp_path / "out", recipe="plain")
     session = onnxruntime.InferenceSession(str(artifact.path / "model.onnx"))
     assert [value.name for value in session.get_inputs()] == ["x"]
     assert [value.name for value in session.get_outputs()] == ["scores", "boxes"]
