@@ -196,7 +196,7 @@ def test_batches_are_cut_to_the_runtimes_size_and_the_rest_filled_with_its_last_
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder = Recorder()
-    runtime = Runtime(name="four", title="", modules=("json",), extra=None, min_agreement=0, open=lambda *_: recorder, max_batch=4)
+    runtime = Runtime(name="four", title="", modules=("json",), packages=(), min_agreement=0, open=lambda *_: recorder, max_batch=4)
     monkeypatch.setitem(runtimes._values, "four", runtime)
     data = networks.batches("plain", count=2, batch=6)
     done: list[int] = []
