@@ -2,6 +2,7 @@
 # make test    format, lint, types and the fast tests, in under 6 minutes on two cores
 # make check   format, lint and types only
 # make test-all  the slow tests as well
+# make test-versions  the sample and the fast tests with the oldest and the newest releases that pyproject.toml allows
 # make coverage  the fast tests, with the lines of qdeploy/, backends/ and calibration/ that they miss
 # Each target makes its own virtual environment first; Python 3.11 or newer is all that must be there.
 
@@ -12,7 +13,7 @@ OUT ?= out
 # two test processes with one thread each use two cores better than two threads in one
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10
 
-.PHONY: demo test test-all coverage check format clean
+.PHONY: demo test test-all test-versions coverage check format clean
 
 demo: $(VENV)/all.stamp
 	$(BIN)/qdeploy quantize samples/digits.pt2 --backend snpe --data samples/digits_calibration.npz \
@@ -27,6 +28,10 @@ test-all: check
 coverage: $(VENV)/dev.stamp
 	$(PYTEST) -m "not slow" --cov --cov-report=term-missing:skip-covered
 
+# make test-versions SETS="oldest -- tests/test_api.py" for one of the two, and some tests
+test-versions:
+	$(PYTHON) tools/test_versions.py $(SETS)
+
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -37,7 +42,7 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-versions build *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "qdeploy needs Python 3.11 or newer"'
