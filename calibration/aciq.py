@@ -42,7 +42,7 @@ from qdeploy.numerics.observer import observer
 class Analytic(HistogramObserver):
     """Clips where a Laplace or a normal density of the same spread is best clipped."""
 
-    even_codes = "'aciq' presumes evenly spaced codes, and those of {} are not"
+    uniform_only = "'aciq' presumes evenly spaced codes, and those of {} are not"
 
     def range(self) -> tuple[Tensor, Tensor]:
         self.check()

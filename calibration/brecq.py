@@ -12,7 +12,7 @@ from functools import partial, update_wrapper
 from qdeploy.graph.regions import blocks
 from qdeploy.recipes.blockwise import Reconstruction
 from qdeploy.recipes.reconstruct import Settings
-from qdeploy.recipes.step import count, step
+from qdeploy.recipes.step import count, flag, step
 
 
 @step("brecq")
@@ -43,4 +43,8 @@ class BRECQ(Reconstruction):
             iterations=count("step_iterations of step 'brecq'", step_iterations), batch=size, keep=1.0, learn_rounding=False
         )
         parted = partial(blocks, merge=count("merge of step 'brecq'", merge))
-        self.partition, self.phases, self.fisher = update_wrapper(parted, blocks), (weights, steps), bool(fisher)
+        self.partition, self.phases, self.fisher = (
+            update_wrapper(parted, blocks),
+            (weights, steps),
+            flag("fisher of step 'brecq'", fisher),
+        )

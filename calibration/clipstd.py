@@ -33,7 +33,7 @@ PART = 1 << 20
 class ClipDeviation(MinMax):
     """The mean and `k` standard deviations to either side."""
 
-    even_codes = "'clipstd' clips, and the codes of {} need no clipping"
+    uniform_only = "'clipstd' clips, and the codes of {} need no clipping"
 
     def __init__(self, spec: QuantSpec, k: float = 2.6):
         super().__init__(spec)

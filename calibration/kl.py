@@ -39,7 +39,7 @@ from qdeploy.numerics.observer import observer
 class Entropy(HistogramObserver):
     """Minimises the Kullback-Leibler divergence of the clipped histogram; for 8 bits only."""
 
-    even_codes = "'kl' compares evenly spaced codes, and those of {} are not"
+    uniform_only = "'kl' compares evenly spaced codes, and those of {} are not"
 
     def check(self) -> None:
         super().check()

@@ -29,7 +29,7 @@ from qdeploy.numerics.observer import observer
 class FirstStep(MinMax):
     """2 sqrt(Q) E|x|, cut to the extremes; for codes with even steps."""
 
-    even_codes = "'lsq' chooses a step, and codes of {} have no even steps"
+    uniform_only = "'lsq' chooses a step, and codes of {} have no even steps"
 
     def __init__(self, spec: QuantSpec):
         super().__init__(spec)

@@ -68,7 +68,7 @@ Candidates = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 class MeanSquare(HistogramObserver):
     """Minimises the mean of |error|^`p`."""
 
-    even_codes = "'mse' compares evenly spaced codes, and those of {} are not"
+    uniform_only = "'mse' compares evenly spaced codes, and those of {} are not"
 
     def __init__(self, spec: QuantSpec, p: float = 2.0):
         super().__init__(spec)

@@ -12,7 +12,7 @@ from functools import partial, update_wrapper
 from qdeploy.graph.regions import blocks
 from qdeploy.recipes.blockwise import Reconstruction
 from qdeploy.recipes.reconstruct import Settings
-from qdeploy.recipes.step import count, fraction, step
+from qdeploy.recipes.step import count, flag, fraction, step
 
 
 @step("qdrop")
@@ -38,9 +38,9 @@ class QDrop(Reconstruction):
             iterations=count("iterations of step 'qdrop'", iterations),
             batch=count("batch of step 'qdrop'", batch),
             keep=fraction("keep of step 'qdrop'", keep),
-            learn_activation_steps=bool(learn_activation_steps),
-            learn_weight_steps=bool(learn_weight_steps),
-            learn_bias=bool(learn_bias),
+            learn_activation_steps=flag("learn_activation_steps of step 'qdrop'", learn_activation_steps),
+            learn_weight_steps=flag("learn_weight_steps of step 'qdrop'", learn_weight_steps),
+            learn_bias=flag("learn_bias of step 'qdrop'", learn_bias),
         )
         parted = partial(blocks, merge=count("merge of step 'qdrop'", merge))
-        self.partition, self.phases, self.fisher = update_wrapper(parted, blocks), (settings,), bool(fisher)
+        self.partition, self.phases, self.fisher = update_wrapper(parted, blocks), (settings,), flag("fisher of step 'qdrop'", fisher)

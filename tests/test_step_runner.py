@@ -13,7 +13,7 @@ from torch import Tensor
 
 import qdeploy
 from qdeploy import api
-from qdeploy.core.errors import InputError
+from qdeploy.core.errors import InputError, OptionError
 from qdeploy.core.recipe import Recipe, StepChoice
 from qdeploy.graph import query
 from qdeploy.recipes import step, step_runner
@@ -100,6 +100,30 @@ def same(one: Prepared, other: Prepared) -> bool:
     equal = all(torch.equal(ours[name], theirs[name]) for name in ours)
     scales = zip(one.encodings(), other.encodings(), strict=True)
     return equal and all((a.scale == b.scale).all() and (a.zero_point == b.zero_point).all() for a, b in scales)
+
+
+STEPS = [name for name in step.steps.names() if name not in ("scaled", "shaped", "unwilling", "counted")]
+FEW = {"samples": 16, "iterations": 8, "batch": 8}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_works_alone_and_leaves_numbers_that_follow_from_each_other(name: str):
+    options = {option: value for option, value in FEW.items() if option in step.step_options(name)}
+    made = qdeploy.calibrate(prepared((name, options), name="residual"), networks.batches("residual"))
+    assert [entry["step"] for entry in made.log] == [name] and made.log[0]["reason"]
+    left = made.encodings()
+    made.make_consistent()
+    for ours, again in zip(left, made.encodings(), strict=True):
+        assert (ours.scale == again.scale).all() and (ours.zero_point == again.zero_point).all(), ours.tensor
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_refuses_an_option_that_it_does_not_have_and_values_of_another_kind(name: str):
+    with pytest.raises(OptionError, match="option of step"):
+        step.make_step(name, {"no_such_option": 1})
+    for option in step.step_options(name):
+        with pytest.raises(OptionError):
+            step.make_step(name, {option: object()})
 
 
 @pytest.mark.parametrize("step", ["scaled", "shaped"])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from qdeploy.graph import edit, query
-from qdeploy.graph.layer import Layer, layers
+from qdeploy.graph.layer import Layer, each_layer
 
 
 def fold(module: fx.GraphModule, with_biases: bool) -> None:
@@ -167,14 +167,14 @@ def _make_plain(norm: BatchNorm) -> None:
 
 def add_biases(module: fx.GraphModule) -> int:
     """Give every layer with constant weights a bias, of zeros where it had none. Returns the number added."""
-    return sum(layer.add_bias() for layer in layers(module))
+    return sum(layer.add_bias() for layer in each_layer(module))
 
 
 def untie_biases(module: fx.GraphModule) -> int:
     """Give every layer a bias of its own, since an integer bias depends on its layer's input. Returns the number of copies."""
     count = 0
     seen: set[str] = set()
-    for layer in layers(module):
+    for layer in each_layer(module):
         if layer.bias is None or layer.bias.op != "get_attr":
             continue
         if str(layer.bias.target) in seen:

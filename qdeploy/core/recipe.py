@@ -1,4 +1,4 @@
-"""A recipe: how ranges are found, and the steps that follow. `cookbook` has those with a name, and reads TOML files.
+"""A recipe: how ranges are found, and the steps that follow. `presets` has those with a name, and reads TOML files.
 
 A recipe that goes `by_grid` departs from its observers where the grid asks for it: codes of the log and float16 grids never need
 clipping, so their ranges are min-max; scales that are powers of two are coarse, and weights of few bits have outliers to clip, so they

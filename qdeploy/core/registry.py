@@ -1,4 +1,4 @@
-"""Names to values: one typed registry for backends, observers and runtimes each.
+"""Names to values: one typed registry for backends, observers, steps and runtimes each.
 
 A registry knows the package whose modules fill it and imports that package's modules once, at the first question. So a new
 file in the folder is all that a new entry needs, and importing qdeploy itself imports none of them.

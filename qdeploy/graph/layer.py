@@ -94,7 +94,7 @@ class Layer:
         return made
 
 
-def layers(module: fx.GraphModule) -> Iterator[Layer]:
+def each_layer(module: fx.GraphModule) -> Iterator[Layer]:
     """All layers, in graph order, for a pass that edits them: each as it then is. The graph is tidied behind the pass."""
     for node in list(module.graph.nodes):
         found = Layer.at(module, node)

@@ -27,7 +27,7 @@ class Observer(ABC):
     What `update` gathers does not depend on `spec`; only `range` does, which therefore calls `check` as well.
     """
 
-    even_codes: ClassVar[str] = ""
+    uniform_only: ClassVar[str] = ""
     """Why it is for codes with even steps only, with `{}` in place of another scheme; empty where it is for all."""
 
     def __init__(self, spec: QuantSpec):
@@ -36,8 +36,8 @@ class Observer(ABC):
 
     def check(self) -> None:
         """`OptionError` where there is no range for `spec`."""
-        if self.even_codes and not self.spec.linear:
-            raise OptionError(f"observer {self.even_codes.format(self.spec.describe())}", action="use minmax")
+        if self.uniform_only and not self.spec.linear:
+            raise OptionError(f"observer {self.uniform_only.format(self.spec.describe())}", action="use minmax")
 
     def seen_as(self, spec: QuantSpec) -> Self:
         """The same statistics, for the range of another spec."""

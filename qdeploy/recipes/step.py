@@ -1,7 +1,7 @@
 """What a step of a recipe is, and what it works on.
 
 A step changes the numbers of one prepared model: weights, biases, scales. The steps themselves are files of `calibration/`, found by
-name in `steps`. None of them judges itself: `tuning` measures the model before and after each, and undoes what hurts.
+name in `steps`. None of them judges itself: `step_runner` measures the model before and after each, and undoes what hurts.
 """
 
 from __future__ import annotations
@@ -143,6 +143,13 @@ def count(name: str, value: object, low: int = 1, high: int = 2**31) -> int:
     """`value` as an option that is a whole number between `low` and `high`; `OptionError` otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise OptionError(name, found=repr(value), allowed=f"whole numbers from {low} to {high}")
+    return value
+
+
+def flag(name: str, value: object) -> bool:
+    """`value` as an option that is true or false; `OptionError` otherwise."""
+    if not isinstance(value, bool):
+        raise OptionError(name, found=repr(value), allowed="true or false")
     return value
 
 
