@@ -1,8 +1,8 @@
 """Block reconstruction: learn the rounding of a unit's weights, its steps and its biases, so that its outputs become the float ones.
 
 One engine for AdaRound (Nagel et al. 2020), BRECQ (Li et al. 2021), QDrop (Wei et al. 2022) and Genie (Jeon et al. 2023): they differ
-in the unit, a layer or a block, and in `Settings`. `learned_rounding` has the formulas of what is learned. The loss of a unit with outputs
-z, computed with inputs from the quantized layers before it, and float outputs z*:
+in the unit, a layer or a block, and in `Settings`. `learned_rounding` has the formulas of what is learned. The loss of a unit with
+outputs z, computed with inputs from the quantized layers before it, and float outputs z*:
 
     mean over samples and places of the sum over channels of g (z - z*)^2,   + regularizer * power * R
 
