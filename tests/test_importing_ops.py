@@ -336,6 +336,8 @@ def write(path: Path, made: Case) -> dict[str, np.ndarray]:
 
 def run(path: Path, made: Case, data: dict[str, np.ndarray]) -> list[np.ndarray]:
     if made.reference:
+        if made.op == "Attention" and networks.OLD_EVALUATOR:
+            pytest.skip("the evaluator of this onnx is wrong in Attention")
         return list(ReferenceEvaluator(onnx.load(path)).run(None, data))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
