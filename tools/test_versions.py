@@ -102,7 +102,7 @@ def install(python: Path, name: str, project: dict[str, Any]) -> bool:
 
 
 def run_tests(python: Path, rest: list[str]) -> tuple[str, bool]:
-    """The last line of the fast tests, and whether all is well. Two processes with one thread each, as in `make test`."""
+    """The counts of the fast tests, and whether all is well. Two processes with one thread each, as in `make test`."""
     command = [python, "-m", "pytest", "-n", "2", "-m", "not slow", *rest]
     last = ""
     with subprocess.Popen(_say(command), cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, text=True) as process:
@@ -110,7 +110,8 @@ def run_tests(python: Path, rest: list[str]) -> tuple[str, bool]:
         for line in process.stdout:
             print(line, end="", flush=True)
             last = line if re.search(r"\d+ (passed|failed|skipped|error)", line) else last
-    return re.sub(r" in .*", "", last.strip("= \n")) or f"exit status {process.returncode}", process.returncode == 0
+    counts = ", ".join(re.findall(r"\d+ (?:passed|failed|skipped|errors?)", last))
+    return counts or f"exit status {process.returncode}", process.returncode == 0
 
 
 def versions(python: Path) -> dict[str, str]:
