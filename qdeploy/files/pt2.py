@@ -1,25 +1,16 @@
 """Read `.pt2` files (torch.export.save) without running code that a stranger put into them.
 
-A .pt2 file looks like plain data, but `torch.export.load` unpickles its sample inputs with `weights_only=False` when the safe
-way fails, evaluates its shape expressions with `sympy.sympify`, and `ExportedProgram.module` compiles its guards. `screen`
-looks at all of these first: every pickle must load with `weights_only=True`, every expression and guard must be arithmetic on
-shapes, and every call must be one of an operator. It is a screen and no sandbox.
-
->>> is_shape_expression("Mul(Integer(4), Symbol('s27', positive=True, integer=True))")
-True
->>> is_shape_expression("__import__('os').system('true')")
-False
+A .pt2 file looks like plain data, but `torch.export.load` unpickles what is marked so, evaluates shape expressions inside sympy, and
+makes source text of names. So the file of the user never reaches torch: `archive` reads it once, `program_check` checks each part
+against what torch itself writes, and torch loads an archive that is made anew from the checked parts. Sample inputs, guards and extra
+files are left out: nobody needs them, and no pickle is read.
 """
 
 from __future__ import annotations
 
-import ast
-import io
-import json
 import logging
 import re
 import warnings
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,43 +19,98 @@ from typing import Any
 import torch
 
 from qdeploy.core.errors import InputError
+from qdeploy.files.archive import Archive, BadArchive, Fresh
 from qdeploy.files.format import one_line
+from qdeploy.files.program_check import BadProgram, checked_payloads, checked_program
 
-_EXPRESSIONS = re.compile(
-    "Symbol|Integer|Float|Rational|Half|Zero|One|NegativeOne|Infinity|Add|Mul|Pow|Mod|Max|Min|Abs|floor|ceiling|And|Or|Not|Eq|Ne"
-    "|Lt|Le|Gt|Ge|Equality|Unequality|StrictLessThan|StrictGreaterThan|LessThan|GreaterThan|Piecewise|ExprCondPair|Tuple"
-    "|FloorDiv|ModularIndexing|Where|PythonMod|CleanDiv|CeilDiv|CeilToInt|FloorToInt|LShift|RShift|PowByNatural|FloatPow"
-    "|FloatTrueDiv|IntTrueDiv|TruncToFloat|TruncToInt|RoundToInt|RoundDecimal|ToFloat|Identity"
-    r"|IsNonOverlappingAndDenseIndicator|OpaqueUnaryFn_\w+|BitwiseFn_\w+"
-)
-_GUARD_FUNCTIONS = frozenset({"max", "min", "abs", "len", "int", "float", "bool", "round", "math", "torch", "L"})
-_GUARD_ATTRIBUTES = frozenset({"size", "stride", "storage_offset", "dim", "numel", "shape", "ndim"})
-_TARGETS = re.compile(
-    r"torch\.ops\.(?!__|load_library|import_module)\w+\.\w+(\.\w+)*|torch\._?sym_\w+|math\.[a-z]\w*|#.*"
-    r"|_operator\.(?!call$|methodcaller|attrgetter|itemgetter|_)\w+"
-)
-_OBJECTS = ("custom_obj_", "opaque_obj_")  # torch names pickled objects so
-_SHAPE_NODES = (ast.Expression, ast.Call, ast.Name, ast.Constant, ast.keyword, ast.BinOp, ast.UnaryOp, ast.Compare, ast.BoolOp)
-_ALWAYS = (ast.expr_context, ast.operator, ast.unaryop, ast.cmpop, ast.boolop)
+_MODEL, _SAMPLES = "models/model.json", "data/sample_inputs/model.pt"
+_TABLES = {
+    "data/weights/model_weights_config.json": "data/weights/",
+    "data/constants/model_constants_config.json": "data/constants/",
+}
+"""The tables of stored tensors, with the folders that they speak of."""
+_FACTS = {"archive_format": "pt2", "archive_version": "0", "byteorder": "little"}
+_NUMBERS = (".data/version", ".data/serialization_id", "version")
+_LEFT_OUT = ("extra/",)
+_LONGEST_FACT = 100
 
 
 def load_program(path: Path, *, trusted: bool) -> torch.export.ExportedProgram:
-    """The program of a .pt2 file; unless `trusted`, only after `screen` has found no code in it.
+    """The program of a .pt2 file; unless `trusted`, loaded from checked parts only.
 
-    Raises `InputError` for a file that cannot be read, that another version of torch wrote, or that `screen` refuses.
+    Raises `InputError` for a file that cannot be read, that another version of torch wrote, or that holds what torch does not write.
     """
-    with zipfile.ZipFile(path) as archive:
-        reason = None if trusted else screen(archive)
-        written_by = _torch_version(archive)
-    if reason is not None:
+    if trusted:
+        with path.open("rb") as file:
+            return _load(file, path, "the torch that it was exported with")
+    try:
+        archive = Archive(path)
+        with _fresh(archive) as fresh:
+            return _load(fresh, path, _torch_version(archive))
+    except (BadArchive, BadProgram) as error:
         raise InputError(
-            f"'{path}' holds more than a graph and tensors, and loading it could run code from the file",
-            found=reason,
-            action="pass --allow-pickle if you trust the file, or export the model again with plain tensors as example inputs",
-        )
+            f"'{path}' holds more than a graph and tensors, or not as torch writes them, and loading it could run code from the file",
+            found=str(error),
+            action="export the model again with this torch and plain tensors, or pass --allow-pickle if you trust the file",
+        ) from error
+
+
+def _fresh(archive: Archive) -> Fresh:
+    """An archive of what torch needs, checked."""
+    root = {name.partition("/")[0] for name in archive.names()}
+    if len(root) != 1:
+        raise BadArchive("its parts do not stand in one folder")
+    (folder,) = root
+    names = {name.partition("/")[2]: name for name in archive.names()}
+    parts: dict[str, bytes | memoryview] = {}
+    used = {_SAMPLES}
+    for inner, name in names.items():
+        if inner in _FACTS or inner in _NUMBERS:
+            parts[name] = _fact(inner, bytes(archive[name][:_LONGEST_FACT]))
+        elif inner == _MODEL:
+            with _part(name):
+                parts[name] = checked_program(archive[name])
+        elif inner in _TABLES:
+            place = _TABLES[inner]
+            sizes = {other.removeprefix(place): len(archive[full]) for other, full in names.items() if other.startswith(place)}
+            with _part(name):
+                parts[name], stored = checked_payloads(archive[name], sizes, place)
+            used |= set(stored)
+            parts |= {f"{folder}/{one}": archive[names[one]] for one in stored}
+    for needed in (*_FACTS, _MODEL, *_TABLES):
+        if needed not in names and needed != "byteorder":
+            raise BadArchive(f"it has no '{needed}'; older torch wrote other files")
+    for inner in names:
+        if inner not in used and names[inner] not in parts and not inner.startswith(_LEFT_OUT):
+            raise BadArchive(f"'{inner}' is no part of a graph with tensors")
+    parts[f"{folder}/{_SAMPLES}"] = b""
+    known = {name: archive.checksum(name) for name, part in parts.items() if isinstance(part, memoryview)}
+    return Fresh(parts, known)
+
+
+@contextmanager
+def _part(name: str) -> Iterator[None]:
+    """Say which part it is that is wrong."""
+    try:
+        yield
+    except BadProgram as error:
+        raise BadProgram(f"'{name}' {error}") from error
+
+
+def _fact(name: str, data: bytes) -> bytes:
+    """A word or a number about the archive itself."""
+    text = data.decode("ascii", "replace").strip()
+    if name == "archive_version" and text != _FACTS[name] and text.isdecimal():
+        raise BadArchive(f"it has archive version {text}")
+    if text != _FACTS.get(name, text) or (name in _NUMBERS and not text.isdecimal()):
+        raise BadArchive(f"its '{name}' is {text[:40]!r}")
+    return text.encode()
+
+
+def _load(file: Any, path: Path, written_by: str) -> torch.export.ExportedProgram:
     heard: list[str] = []
     try:
-        with _listening(heard), path.open("rb") as file:
+        with _listening(heard):
             return torch.export.load(file)
     except Exception as error:  # torch raises many kinds for files of other versions and for damaged ones
         raise InputError(
@@ -76,112 +122,10 @@ def load_program(path: Path, *, trusted: bool) -> torch.export.ExportedProgram:
         ) from error
 
 
-def screen(archive: zipfile.ZipFile) -> str | None:
-    """Why loading the archive could run code from it, in words; None where no reason was found."""
-    names = archive.namelist()
-    if len(set(names)) < len(names):
-        return "two parts have the same name"
-    for name in names:
-        if name.endswith(".pt") and not _is_plain(archive.read(name)):
-            return f"'{name}' pickles more than tensors"
-        if not name.endswith(".json") and "models/" not in name:
-            continue
-        try:
-            document = json.loads(archive.read(name))
-        except (ValueError, RecursionError):
-            return f"'{name}' is not JSON"
-        reason = _screen_payloads(archive, name, document) or _screen_graph(document)
-        if reason is not None:
-            return f"'{name}' {reason}"
-    return None
-
-
-def is_shape_expression(text: str) -> bool:
-    """Whether `text` is arithmetic on symbols and numbers in the words of sympy and torch, which is safe to evaluate."""
-    names: set[int] = set()  # the strings that are only names and numbers; sympy would evaluate any other
-    for node in _nodes(text):  # which yields a call before its arguments
-        if isinstance(node, ast.Call):
-            if not (isinstance(node.func, ast.Name) and _EXPRESSIONS.fullmatch(node.func.id)):
-                return False
-            names |= {id(argument) for argument in node.args if node.func.id in ("Symbol", "Float")}
-        elif isinstance(node, ast.Constant):
-            if isinstance(node.value, (str, bytes)) and id(node) not in names:
-                return False
-        elif not isinstance(node, (*_SHAPE_NODES, *_ALWAYS)) or (isinstance(node, ast.Name) and node.id.startswith("_")):
-            return False
-    return True
-
-
-def is_guard(text: str) -> bool:
-    """Whether `text` compares the sizes of inputs and does nothing else."""
-    for node in _nodes(text):
-        if isinstance(node, ast.Attribute):
-            root = node.value.id if isinstance(node.value, ast.Name) else ""
-            symbolic = root == "torch" and node.attr.removeprefix("_").startswith("sym_")
-            if not (symbolic or (root == "math" and node.attr[0] != "_") or node.attr in _GUARD_ATTRIBUTES):
-                return False
-        elif isinstance(node, ast.Name):
-            if node.id not in _GUARD_FUNCTIONS:
-                return False
-        elif not isinstance(node, (*_SHAPE_NODES, *_ALWAYS, ast.Subscript)):
-            return False
-    return True
-
-
-def _nodes(text: str) -> Iterator[ast.AST]:
-    try:
-        return ast.walk(ast.parse(text.strip(), mode="eval"))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return iter([ast.Pass()])  # which is in no list of allowed nodes
-
-
-def _screen_payloads(archive: zipfile.ZipFile, name: str, document: Any) -> str | None:
-    config = document.get("config") if isinstance(document, dict) else None
-    for key, entry in config.items() if isinstance(config, dict) else ():
-        if not isinstance(entry, dict):
-            continue
-        path = str(entry.get("path_name"))
-        part = f"{name.rpartition('/')[0]}/{path}"
-        pickled = entry.get("use_pickle") and not (part in archive.namelist() and _is_plain(archive.read(part)))
-        if pickled or path.startswith(_OBJECTS):
-            return f"pickles '{key}', which is no plain tensor"
-    return None
-
-
-def _screen_graph(document: Any) -> str | None:
-    if isinstance(document, list):
-        return next((reason for item in document if (reason := _screen_graph(item)) is not None), None)
-    if not isinstance(document, dict):
-        return None
-    expression, target = document.get("expr_str"), document.get("target")
-    if isinstance(expression, str) and not is_shape_expression(expression):
-        return f"has the unusual shape expression {expression[:80]!r}"
-    if isinstance(target, str) and "inputs" in document and not _TARGETS.fullmatch(target):
-        return f"calls {target[:80]!r}"
-    guards = document.get("guards_code")
-    for guard in guards if isinstance(guards, list) else ():
-        if not is_guard(str(guard)):
-            return f"has the unusual guard {str(guard)[:80]!r}"
-    return _screen_graph(list(document.values()))
-
-
-def _is_plain(payload: bytes) -> bool:
-    if not payload:
-        return True
-    try:
-        torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except Exception:  # whatever it is, it is not plain
-        return False
-    return True
-
-
-def _torch_version(archive: zipfile.ZipFile) -> str:
-    for name in archive.namelist():
-        if name.endswith(".json") and "/models/" in name:
-            found = re.search(rb'"torch_version": "([\w.+-]+)"', archive.read(name))
-            if found:
-                return f"torch {found[1].decode()}"
-    return "an unknown version"
+def _torch_version(archive: Archive) -> str:
+    name = next(name for name in archive.names() if name.endswith(f"/{_MODEL}"))
+    found = re.search(rb'"torch_version": "([\w.+-]+)"', bytes(archive[name]))
+    return f"torch {found[1].decode()}" if found else "an unknown version"
 
 
 @contextmanager
