@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import shutil
@@ -112,9 +113,10 @@ def _digits_loaded_once() -> Iterator[None]:
     load, loaded = torch.export.load, {}
 
     def cached(file: IO[bytes]) -> torch.export.ExportedProgram:
-        if file.name not in loaded:
-            loaded[file.name] = load(file)
-        return loaded[file.name]
+        content = file.read()
+        if content not in loaded:
+            loaded[content] = load(io.BytesIO(content))
+        return loaded[content]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.export, "load", cached)

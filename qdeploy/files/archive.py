@@ -31,6 +31,8 @@ _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _NAME = re.compile(r"[A-Za-z0-9_.+-]+(/[A-Za-z0-9_.+-]+)*")
 _FLAGS = 0x0808
 """The flags that a member may have: its sizes stand behind its data, its name is UTF-8. Neither changes what it holds."""
+_VERSION = 45
+"""Of the format: ZIP64."""
 _ALIGNMENT = 64
 """Where torch maps tensors, their data begin at multiples of this."""
 _WIDE = 0xFFFFFFFF
@@ -84,7 +86,9 @@ def _members(data: memoryview) -> dict[str, _Member]:
     for _ in range(count):
         if at + _ENTRY.size > end:
             raise BadArchive("its directory is shorter than it says")
-        magic, _, _, flags, method, _, _, crc, packed, size, long, extra, comment, disk, _, _, offset = _ENTRY.unpack_from(data, at)
+        magic, _, needed, flags, method, _, _, crc, packed, size, long, extra, comment, disk, _, _, offset = _ENTRY.unpack_from(
+            data, at
+        )
         if magic != b"PK\1\2" or at + _ENTRY.size + long + extra + comment > end:
             raise BadArchive("its directory is damaged")
         raw = bytes(data[at + _ENTRY.size : at + _ENTRY.size + long])
@@ -93,7 +97,7 @@ def _members(data: memoryview) -> dict[str, _Member]:
             raise BadArchive(f"a part is called {name[:80]!r}, which is no plain relative path")
         if name.lower() in folded:
             raise BadArchive(f"two parts are called '{name}', if case does not count")
-        if flags & ~_FLAGS or method or disk or comment:
+        if flags & ~_FLAGS or method or disk or comment or needed > _VERSION:
             raise BadArchive(f"'{name}' is packed or encrypted, where torch stores plainly")
         packed, size, offset = _wide(data[at + _ENTRY.size + long :][:extra], packed, size, offset)
         if packed != size:

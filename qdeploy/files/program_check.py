@@ -192,6 +192,8 @@ def _check_key(where: str, key: str) -> None:
         _check_text("path", key)
     elif where == "ExportedProgram.opset_version":
         _check_text("Device.type", key)
+    elif where == "ExportedProgram.range_constraints":  # of symbols, and of what follows from them
+        _check_text("SymExpr.expr_str", key)
     else:
         _check_name(where, key)
 
