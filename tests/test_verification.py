@@ -267,3 +267,31 @@ def test_a_manifest_without_what_verify_reads_is_refused(tmp_path: Path) -> None
     (tmp_path / MANIFEST).write_text('{"schema": 1, "files": {}}')
     with pytest.raises(ArtifactError, match="no whole manifest; found: without runtimes"):
         qdeploy.verify(tmp_path)
+
+
+class Failing:
+    """A session of a vendor's library that raises what it likes."""
+
+    def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        raise RuntimeError("No suitable implementations\nfor convolution")
+
+    def placement(self) -> dict[str, int]:
+        return {}
+
+
+def _cannot_open(*_: object) -> Failing:
+    raise NotImplementedError("weights of 1e-20")
+
+
+@pytest.mark.parametrize(
+    ("opened", "said"), [(lambda *_: Failing(), "No suitable implementations for convolution"), (_cannot_open, "1e-20")]
+)
+def test_a_runtime_that_raises_is_a_row_and_costs_neither_the_artifact_nor_the_other_rows(
+    opened: Callable[..., Failing], said: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime(name="broken", title="", modules=("json",), packages=(), min_agreement=0, open=opened)
+    monkeypatch.setitem(runtimes._values, "broken", runtime)
+    report = verify_artifact(Artifact.open(folder), None, ["broken", "onnxruntime:none"])
+    *_, row, other = report.results
+    assert not report.passed and row.faults[0].startswith("could not run: ") and said in row.faults[0] and row.samples == 0
+    assert other.passed and other.samples > 0

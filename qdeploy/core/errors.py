@@ -51,3 +51,13 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> OptionError:
     near = get_close_matches(name, known, n=1)
     action = f"did you mean '{near[0]}'?" if near else "choose one of these"
     return OptionError(f"unknown {kind} {name!r}", allowed=", ".join(known), action=action)
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An exception's message as one line, with its type; long ones are cut.
+
+    >>> one_line(ValueError("two\\n  lines"))
+    'ValueError: two lines'
+    """
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    return text if len(text) <= limit else text[: limit - 3] + "..."

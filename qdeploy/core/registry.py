@@ -20,13 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from qdeploy.core.errors import InputError, unknown_name
+from qdeploy.core.errors import InputError, one_line, unknown_name
 
 T = TypeVar("T")
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
 class Registry(Generic[T]):
@@ -80,7 +76,7 @@ class Registry(Generic[T]):
         except Exception as error:  # the user's own code runs here and may raise anything
             for name in set(self._values) - before:
                 del self._values[name]
-            raise InputError(f"cannot import {self.kind} file '{path}'", found=_one_line(error), action="mend the file") from error
+            raise InputError(f"cannot import {self.kind} file '{path}'", found=one_line(error), action="mend the file") from error
         added = sorted(set(self._values) - before)
         if len(added) != 1:
             for name in added:

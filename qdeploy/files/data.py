@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qdeploy.core.errors import InputError, OptionError
+from qdeploy.core.errors import InputError, OptionError, one_line
 from qdeploy.core.spec import TensorSpec, show_shape
-from qdeploy.files.format import describe_kind, file_kind, one_line
+from qdeploy.files.format import describe_kind, file_kind
 from qdeploy.files.reference import call, is_reference, where
 from qdeploy.files.samples import (
     IMAGE_SUFFIXES,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-from qdeploy.core.errors import InputError
+from qdeploy.core.errors import InputError, one_line
 
 MODEL_FILES = (
     "a .pt2 file of torch.export.save, an ONNX file, a state dict with --arch, a pickled module with --allow-pickle, or MODULE:CALLABLE"
@@ -128,16 +128,6 @@ def open_zip(path: Path, role: str) -> zipfile.ZipFile:
         archive.close()
         raise InputError(f"cannot read the {role} '{path}'", found=f"a wrong checksum of its part '{bad}'", action=COPY_AGAIN)
     return archive
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """An exception's message as one line, with its type; long ones are cut.
-
-    >>> one_line(ValueError("two\\n  lines"))
-    'ValueError: two lines'
-    """
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _zip_kind(path: Path, role: str) -> str:

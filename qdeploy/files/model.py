@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from qdeploy.core.errors import InputError, NotInstalledError, OptionError
-from qdeploy.files.format import COPY_AGAIN, EXPORT, MODEL_FILES, describe_kind, model_kind, one_line
+from qdeploy.core.errors import InputError, NotInstalledError, OptionError, one_line
+from qdeploy.files.format import COPY_AGAIN, EXPORT, MODEL_FILES, describe_kind, model_kind
 from qdeploy.files.pt2 import load_program
 from qdeploy.files.reference import add_to_path, call, is_reference, load_callable, where
 

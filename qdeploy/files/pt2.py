@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 
-from qdeploy.core.errors import InputError
+from qdeploy.core.errors import InputError, one_line
 from qdeploy.files.archive import Archive, BadArchive, Fresh
-from qdeploy.files.format import one_line
 from qdeploy.files.program_check import BadProgram, checked_payloads, checked_program
 
 _MODEL, _SAMPLES = "models/model.json", "data/sample_inputs/model.pt"

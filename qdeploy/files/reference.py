@@ -18,8 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from qdeploy.core.errors import InputError, OptionError
-from qdeploy.files.format import one_line
+from qdeploy.core.errors import InputError, OptionError, one_line
 
 FORM = "MODULE:CALLABLE, such as zoo.py:make or torchvision.models:resnet18"
 

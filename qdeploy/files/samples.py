@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qdeploy.core.errors import InputError, NotInstalledError, OptionError
+from qdeploy.core.errors import InputError, NotInstalledError, OptionError, one_line
 from qdeploy.core.spec import TensorSpec, show_shape
-from qdeploy.files.format import COPY_AGAIN, one_line
+from qdeploy.files.format import COPY_AGAIN
 
 Array = NDArray[Any]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")

@@ -26,7 +26,7 @@ from onnx import numpy_helper
 from torch import fx
 
 from qdeploy.capture.inputs import Batch, checked
-from qdeploy.core.errors import ArtifactError, InputError
+from qdeploy.core.errors import ArtifactError, InputError, QDeployError, one_line
 from qdeploy.core.progress import SampleProgress, no_progress
 from qdeploy.core.spec import TensorSpec
 from qdeploy.export.artifact import Artifact, missing_names
@@ -45,10 +45,6 @@ INEXACT = 0.995
 logarithmic, half-precision and wide codes, and where ops between layers stay in float."""
 LITERAL = "none"
 """The variant of ONNX Runtime that computes node by node what the file says."""
-
-
-class _CannotOpen(ArtifactError):
-    """A runtime that is made for this target cannot load the model: a result, and no reason to lose the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,11 +152,11 @@ class _Row:
         self.failure = ""
 
     def run(self, inputs: Sequence[Array]) -> list[Array] | None:
-        """The outputs, or None for a runtime that cannot load the model."""
+        """The outputs, or None where they cannot be computed: that is a result, and no reason to lose the artifact or other rows."""
         try:
             return None if self.failure else self.outputs(inputs)
-        except _CannotOpen as error:
-            self.failure = str(error)
+        except Exception as error:  # a vendor's library may raise anything
+            self.failure = f"could not run: {error if isinstance(error, QDeployError) else one_line(error)}"
             return None
 
     def add(self, made: Sequence[Array], simulated: Sequence[Array], labels: Array | None, steps: Sequence[float]) -> None:
@@ -367,21 +363,18 @@ class _BatchedSession:
         if self.session is not None and (sizes == self.sizes or self.runtime.any_size):
             return self.session
         self.batch, self.sizes = self.batch or self.fixed or min(self.runtime.max_batch, len(inputs[0])), sizes
-        try:
-            if not sizes or self.runtime.any_size:
-                return self.runtime.open(self.path, self.batch, self.variant)
-            with tempfile.TemporaryDirectory() as folder:
-                every = sizes | {spec.names[0]: self.batch for spec in self.specs if 0 in spec.names}
-                copy = Path(folder) / self.path.name
-                for file in self.path.parent.iterdir():  # some runtimes read model.onnx and the scale file, for samples one by one
-                    if file.suffix == ".onnx":
-                        fixed = with_sizes(onnx.load(file), every if file == self.path else sizes)
-                        onnx.save(fixed, copy.with_name(file.name))
-                    else:
-                        copy.with_name(file.name).symlink_to(file.absolute())
-                return self.runtime.open(copy, self.batch, self.variant)
-        except ArtifactError as error:
-            raise _CannotOpen(str(error)) from error
+        if not sizes or self.runtime.any_size:
+            return self.runtime.open(self.path, self.batch, self.variant)
+        with tempfile.TemporaryDirectory() as folder:
+            every = sizes | {spec.names[0]: self.batch for spec in self.specs if 0 in spec.names}
+            copy = Path(folder) / self.path.name
+            for file in self.path.parent.iterdir():  # some runtimes read model.onnx and the scale file, for samples one by one
+                if file.suffix == ".onnx":
+                    fixed = with_sizes(onnx.load(file), every if file == self.path else sizes)
+                    onnx.save(fixed, copy.with_name(file.name))
+                else:
+                    copy.with_name(file.name).symlink_to(file.absolute())
+            return self.runtime.open(copy, self.batch, self.variant)
 
     def __call__(self, inputs: Sequence[Array]) -> list[Array]:
         count = len(inputs[0])
