@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ MANIFEST = "qdeploy.json"
 MODEL = "model.onnx"
 SIMULATION = "model.sim.onnx"
 REFERENCE = "reference.npz"
+_SYSTEM = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+"""What systems put into folders that somebody looks at."""
 _NEEDED = ("runtimes", "float_bytes", "inputs", "outputs", "tie_free", "planned", "encodings")
 """What `verify` reads from a manifest."""
 
@@ -146,10 +149,14 @@ def write(out: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any]) ->
 
 
 def check_free(out: Path) -> None:
-    """`InputError` where `out` is something that qdeploy did not write."""
+    """`InputError` where `out` is something that qdeploy did not write, or holds something besides: to write replaces the folder."""
     if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
         kind = "a folder with other files" if out.is_dir() else "a file"
         raise InputError(f"cannot write to '{out}'", found=kind, action="name a new folder with --out")
+    foreign = _foreign(out)
+    if foreign:
+        found = f"{', '.join(map(repr, foreign[:5]))}{' and more' if len(foreign) > 5 else ''}, which qdeploy did not write so"
+        raise InputError(f"cannot write to '{out}'", found=found, action="move them out of the folder, or name a new one with --out")
     if out.is_symlink() or out.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise InputError(f"cannot write to '{out}'", found="a link, or the folder at work", action="name a new folder with --out")
     parent = out.absolute().parent
@@ -157,6 +164,23 @@ def check_free(out: Path) -> None:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"cannot write to '{out}'", found=f"'{parent}' is not a writable folder", action="name another folder")
+
+
+def _foreign(out: Path) -> list[str]:
+    """What lies in an artifact's folder besides the files of its manifest, as they were written; nothing where there is no manifest."""
+    if not (out / MANIFEST).is_file():
+        return []
+    try:
+        written = dict(json.loads((out / MANIFEST).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        written = {}
+    ours = re.compile(rf"{re.escape(MANIFEST)}|\.{re.escape(MANIFEST)}\.\d+")
+    kept = []
+    for path in sorted(out.iterdir()):
+        same = path.is_file() and not path.is_symlink() and sha256(path.read_bytes()) == written.get(path.name)
+        if not same and not ours.fullmatch(path.name) and path.name not in _SYSTEM:
+            kept.append(path.name)
+    return kept
 
 
 def sha256(data: bytes) -> str:
