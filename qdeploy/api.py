@@ -234,7 +234,7 @@ def _origin(prepared: Prepared, form: Format) -> dict[str, Any]:
         "command": form.command,
         "runtimes": list(backend.runtimes),
         "recipe": _plain_recipe(prepared.recipe),
-        "steps": prepared.log,
+        "steps": [{key: value for key, value in entry.items() if key != "seconds"} for entry in prepared.log],  # the same every time
         "seed": prepared.seed,
         "calibration_samples": prepared.samples_seen,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")},

@@ -168,7 +168,7 @@ def _write(
             with console.progress("verify", used) as progress:
                 report = api.verify(written, arguments.batches(evaluation, prepared), runtime, numbers, prepared, progress)
     command = written.manifest["command"].replace("{out}", str(out))
-    console.print(lambda: print_steps(written.manifest["steps"]))
+    console.print(lambda: print_steps(prepared.log))
     console.print(lambda: print_report(report))
     console.say(f"\nwritten to {out}: {', '.join((*written.manifest['files'], artifact.MANIFEST))}")
     for note in written.manifest["notes"]:
@@ -179,7 +179,7 @@ def _write(
         "out": str(out),
         "backend": prepared.backend.name,
         "command": command,
-        "steps": written.manifest["steps"],
+        "steps": prepared.log,
         "verify": report.to_json(),
     }
 
