@@ -375,13 +375,9 @@ def kills() -> str:
     return f"{title}\n\n{same} of {KILLS} resumed runs end in the same bytes; {kept} finished blocks were taken up again."
 
 
-def contents(folder: Path) -> dict[str, object]:
-    """The bytes of an artifact, without the times that its manifest has."""
-    found: dict[str, object] = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "qdeploy.json"}
-    manifest = json.loads((folder / "qdeploy.json").read_text())
-    for entry in manifest["steps"]:
-        del entry["seconds"]
-    return found | {"qdeploy.json": manifest}
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of an artifact."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 if __name__ == "__main__":
