@@ -43,8 +43,5 @@ class BRECQ(Reconstruction):
             iterations=count("step_iterations of step 'brecq'", step_iterations), batch=size, keep=1.0, learn_rounding=False
         )
         parted = partial(blocks, merge=count("merge of step 'brecq'", merge))
-        self.partition, self.phases, self.fisher = (
-            update_wrapper(parted, blocks),
-            (weights, steps),
-            flag("fisher of step 'brecq'", fisher),
-        )
+        self.partition, self.phases = update_wrapper(parted, blocks), (weights, steps)
+        self.fisher = flag("fisher of step 'brecq'", fisher)
