@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -29,7 +30,7 @@ from qdeploy.core.recipe import Recipe
 from qdeploy.core.spec import Encoding
 from qdeploy.core.targets import Target, Targets, find_backend, find_backends, with_schemes
 from qdeploy.core.version import __version__
-from qdeploy.export import artifact, emit
+from qdeploy.export import artifact, emit, manifest, place
 from qdeploy.export.artifact import Artifact
 from qdeploy.export.onnx_file import emitted
 from qdeploy.graph import edit, query
@@ -207,7 +208,7 @@ def convert(prepared: Prepared, out: str | Path, file_format: str | None = None)
     if not prepared.calibrated:
         raise OptionError("the model is not calibrated", action="call qdeploy.calibrate first")
     out = Path(out)
-    artifact.check_free(out)
+    place.check_free(out)
     form = prepared.backend.choose_format(file_format)
     encodings = prepared.encodings()
     files, float_bytes, note = emit.files(prepared, form, encodings)
@@ -226,7 +227,7 @@ def _origin(prepared: Prepared, form: Format) -> dict[str, Any]:
     """What the manifest says of how the artifact came about."""
     backend = prepared.backend
     return {
-        "schema": artifact.SCHEMA,
+        "schema": manifest.SCHEMA,
         "qdeploy": __version__,
         "backend": backend.name,
         "title": backend.title,
@@ -329,24 +330,25 @@ def quantize(
     """
     single = isinstance(backend, str | Backend)
     targets = (find_backend(backend),) if isinstance(backend, str | Backend) else find_backends(backend)
-    places = [Path(out) if single else Path(out) / target.name for target in targets]
-    for place in places:
-        artifact.check_free(place)
-    if batches is None:
-        if example_inputs is None and isinstance(model, nn.Module):
-            raise InputError("there are neither batches nor an example", action="give example_inputs, whose shapes images are made in")
-        batches = distill_data(model, example_inputs, seed=options.get("seed", 0))
-    stream = iter(batches)
-    first = next(stream, None)
-    if first is None:
-        raise InputError("there is no calibration data", action="give at least one batch")
-    example = first if example_inputs is None else example_inputs
-    several = prepare_all(model, example, targets, **options)
-    made = calibrate_all(several, chain((first,), stream), labels=labels, folder=folder, resume=resume)
-    for prepared, place in zip(made, places, strict=True):
-        with artifact.staged(place) as fresh:
-            verify(convert(prepared, fresh, file_format))
-    written = tuple(Artifact.open(place) for place in places)
+    folders = [Path(out) if single else Path(out) / target.name for target in targets]
+    with ExitStack() as stack:
+        places = [stack.enter_context(place.claim(one)) for one in folders]
+        if batches is None:
+            if example_inputs is None and isinstance(model, nn.Module):
+                action = "give example_inputs, whose shapes images are made in"
+                raise InputError("there are neither batches nor an example", action=action)
+            batches = distill_data(model, example_inputs, seed=options.get("seed", 0))
+        stream = iter(batches)
+        first = next(stream, None)
+        if first is None:
+            raise InputError("there is no calibration data", action="give at least one batch")
+        example = first if example_inputs is None else example_inputs
+        several = prepare_all(model, example, targets, **options)
+        made = calibrate_all(several, chain((first,), stream), labels=labels, folder=folder, resume=resume)
+        for prepared, claimed in zip(made, places, strict=True):
+            with claimed.staged() as fresh:
+                verify(convert(prepared, fresh, file_format))
+    written = tuple(Artifact.open(one) for one in folders)
     return written[0] if single else written
 
 

@@ -17,8 +17,9 @@ import torch
 
 from qdeploy.core.backend import backends
 from qdeploy.core.errors import ArtifactError, InputError
-from qdeploy.export import artifact as artifacts
-from qdeploy.export.artifact import MANIFEST, REFERENCE, Artifact, check_free, npz, render, sha256, staged, write
+from qdeploy.export.artifact import REFERENCE, Artifact, npz, write
+from qdeploy.export.manifest import MANIFEST, SCHEMA, render, sealed, sha256
+from qdeploy.export.place import check_free, claim
 
 FILES = {"model.onnx": b"some bytes", "reference.npz": b"others"}
 CHECKOUT = Path(__file__).parent.parent
@@ -30,7 +31,7 @@ def listing(folder: Path) -> list[str]:
 
 
 def put(out: Path, word: str = "first") -> Artifact:
-    return write(out, FILES, {"schema": artifacts.SCHEMA, "word": word})
+    return write(out, FILES, {"schema": SCHEMA, "word": word})
 
 
 def copy_of(name: str, backend: str, place: Path) -> Path:
@@ -62,7 +63,7 @@ def test_a_failure_while_writing_leaves_what_was_there(older: bool, error: BaseE
     if older:
         put(tmp_path / "out")
     before = listing(tmp_path)
-    with pytest.raises(type(error)), staged(tmp_path / "out") as fresh:  # noqa: PT012
+    with pytest.raises(type(error)), claim(tmp_path / "out") as place, place.staged() as fresh:  # noqa: PT012
         fresh.mkdir()
         (fresh / "model.onnx").write_bytes(b"half of")
         raise error
@@ -75,7 +76,7 @@ def test_a_failure_of_the_last_rename_brings_the_older_artifact_back(tmp_path: P
     rename: Callable[[Path, Path], Path] = Path.rename
 
     def failing(source: Path, target: Path) -> Path:
-        if target == tmp_path / "out" and source.name == "out":
+        if target == tmp_path / "out" and source.parent.name == "new":
             raise OSError("no more of this")
         return rename(source, target)
 
@@ -87,23 +88,77 @@ def test_a_failure_of_the_last_rename_brings_the_older_artifact_back(tmp_path: P
     assert [name for name in listing(tmp_path) if "/" not in name] == ["out"]
 
 
-@pytest.mark.parametrize("older", [False, True])
-def test_a_killed_process_leaves_no_half_artifact(older: bool, tmp_path: Path) -> None:
-    if older:
-        put(tmp_path / "out")
-    code = f"""
-import os, signal
+KILLED = """
+import os, signal, sys
 from pathlib import Path
-from qdeploy.export import artifact
-with artifact.staged(Path({str(tmp_path / "out")!r})) as fresh:
-    fresh.mkdir()
-    (fresh / "model.onnx").write_bytes(b"half of")
-    os.kill(os.getpid(), signal.SIGKILL)
+from qdeploy.export import place
+rename, moment = Path.rename, sys.argv[2]
+
+def stop(source, target):
+    if moment == "between the renames" and source.parent.name == "new":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(source, target)
+
+Path.rename = stop
+if moment == "after the renames":
+    place.shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+with place.claim(Path(sys.argv[1])) as claimed:
+    if moment == "before any work":
+        os.kill(os.getpid(), signal.SIGKILL)
+    with claimed.staged() as fresh:
+        fresh.mkdir()
+        (fresh / "model.onnx").write_bytes(b"half of")
+        if moment == "while it wrote":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if moment == "after the renames":
+            for file in Path(sys.argv[1]).iterdir():
+                (fresh / file.name).write_bytes(file.read_bytes())
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=CHECKOUT).returncode == -9
-    assert (tmp_path / "out").exists() == older
-    assert not older or Artifact.open(tmp_path / "out").manifest["word"] == "first"
-    assert put(tmp_path / "out", "second").manifest["word"] == "second"
+MOMENTS = ("before any work", "while it wrote", "between the renames", "after the renames")
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("older", [False, True])
+def test_what_a_killed_process_left_is_mended_by_the_next_run(older: bool, moment: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if older:
+        put(out)
+    elif moment == "after the renames":
+        pytest.skip("nothing is replaced")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(out), moment], check=False, cwd=CHECKOUT)
+    assert killed.returncode == -9
+    with claim(out):  # any run: it has not written anything yet
+        assert not older or moment == "after the renames" or Artifact.open(out).manifest["word"] == "first"
+        assert listing(tmp_path / ".out.work") == ["lock"]
+    assert put(out, "second").manifest["word"] == "second"
+    assert listing(tmp_path) == ["out", *(f"out/{name}" for name in sorted([*FILES, MANIFEST]))]
+
+
+def test_of_two_runs_to_one_place_the_second_is_refused_at_once(tmp_path: Path) -> None:
+    code = "import sys\nfrom pathlib import Path\nfrom qdeploy.export.place import claim\nwith claim(Path(sys.argv[1])): pass"
+    with claim(tmp_path / "out"):
+        second = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False, cwd=CHECKOUT, capture_output=True)
+        other = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out2")], check=False, cwd=CHECKOUT, capture_output=True)
+        with pytest.raises(InputError, match=r"cannot write to '.*out'; found: another run that is writing there; to do: wait"):
+            put(tmp_path / "out")
+    assert second.returncode and b"another run that is writing there" in second.stderr and not other.returncode
+    assert listing(tmp_path) == []
+
+
+def test_a_work_folder_with_files_of_the_user_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".out.work").mkdir()
+    (tmp_path / ".out.work" / "thesis.tex").write_text("precious")
+    with pytest.raises(InputError, match=r"cannot work in '.*\.out\.work'; found: a folder with other files, such as 'thesis\.tex'"):
+        put(tmp_path / "out")
+    assert listing(tmp_path) == [".out.work", ".out.work/thesis.tex"]
+
+
+def test_a_file_that_comes_into_the_folder_during_a_run_is_kept(tmp_path: Path) -> None:
+    put(tmp_path / "out")
+    with pytest.raises(InputError, match=r"'mine\.dlc', which"), claim(tmp_path / "out") as place, place.staged() as fresh:  # noqa: PT012
+        fresh.mkdir()
+        (tmp_path / "out" / "mine.dlc").write_text("precious")
+    assert (tmp_path / "out" / "mine.dlc").read_text() == "precious" and listing(tmp_path)[0] == "out"
 
 
 def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -113,7 +168,17 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> 
     assert listing(tmp_path) == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("what", ["another file", "a folder", "a link", "a changed file", "a file that a faked manifest lists"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "another file",
+        "a folder",
+        "a link",
+        "a changed file",
+        "a file that a faked manifest lists",
+        "a file that one lists with its hash",
+    ],
+)
 def test_what_is_not_of_the_artifact_is_never_replaced(what: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     put(out)
@@ -129,11 +194,11 @@ def test_what_is_not_of_the_artifact_is_never_replaced(what: str, tmp_path: Path
         mine.write_text("precious")
     if what.startswith("a file that"):
         manifest = json.loads((out / MANIFEST).read_text())
-        manifest["files"]["mine.dlc"] = "0" * 64
+        manifest["files"]["mine.dlc"] = sha256(b"precious") if "its hash" in what else "0" * 64
         (out / MANIFEST).write_text(json.dumps(manifest))
     before = listing(out)
     with pytest.raises(
-        InputError, match=rf"cannot write to '.*out'; found: '{mine.name}', which qdeploy did not write so; to do: move"
+        InputError, match=rf"cannot write to '.*out'; found: '{mine.name}'.*, which qdeploy did not write so; to do: move"
     ):
         put(out, "second")
     assert listing(out) == before and (not mine.is_file() or mine.read_text() == "precious")
@@ -150,8 +215,9 @@ def test_a_manifest_that_is_none_covers_no_file(text: str, tmp_path: Path) -> No
 
 def test_what_systems_and_killed_runs_leave_is_no_file_of_the_user(tmp_path: Path) -> None:
     put(tmp_path / "out")
-    for name in (".DS_Store", f".{MANIFEST}.123"):
-        (tmp_path / "out" / name).touch()
+    (tmp_path / "out" / ".DS_Store").touch()
+    (tmp_path / "out" / f".{MANIFEST}.work").mkdir()
+    (tmp_path / "out" / f".{MANIFEST}.work" / "lock").touch()
     assert put(tmp_path / "out", "second").manifest["word"] == "second"
 
 
@@ -186,8 +252,8 @@ def test_a_broken_manifest_is_named(text: str, tmp_path: Path) -> None:
 
 
 def test_a_manifest_of_another_schema_is_refused(tmp_path: Path) -> None:
-    write(tmp_path / "out", FILES, {"schema": artifacts.SCHEMA + 1})
-    with pytest.raises(ArtifactError, match="has another schema; found: 2; allowed: 1"):
+    write(tmp_path / "out", FILES, {"schema": SCHEMA + 1})
+    with pytest.raises(ArtifactError, match="has another schema; found: 3; allowed: 2"):
         Artifact.open(tmp_path / "out")
 
 
@@ -248,9 +314,56 @@ def test_arrays_are_saved_with_their_shapes_and_the_same_bytes(tmp_path: Path) -
 def test_recording_a_result_changes_the_manifest_only(tmp_path: Path) -> None:
     artifact = Artifact.open(copy_of("plain", "snpe", tmp_path / "out"))
     artifact.record("verify", {"passed": True})
+    assert artifact.manifest == Artifact.open(tmp_path / "out").manifest
     read = Artifact.open(tmp_path / "out")
     assert read.manifest["verify"] == {"passed": True}
     assert listing(tmp_path / "out") == listing(networks.artifact_path("plain", "snpe"))
+
+
+def test_a_result_is_not_recorded_in_another_artifact_that_took_the_place(tmp_path: Path) -> None:
+    artifact = put(tmp_path / "out")
+    write(tmp_path / "out", FILES | {"model.onnx": b"another"}, {"schema": SCHEMA})
+    with pytest.raises(ArtifactError, match="was replaced by another artifact meanwhile"):
+        artifact.record("verify", {"passed": True})
+    assert "verify" not in Artifact.open(tmp_path / "out").manifest
+
+
+@pytest.mark.parametrize("key", [*networks.artifact("plain", "snpe").manifest, "new"])
+def test_a_changed_field_of_the_manifest_is_named(key: str, tmp_path: Path) -> None:
+    path = copy_of("plain", "snpe", tmp_path / "out") / MANIFEST
+    manifest = json.loads(path.read_text())
+    seal = key in ("hashes", "sha256")
+    changes = {"is another": manifest | {key: None}, "is missing": {k: v for k, v in manifest.items() if k != key}}
+    for what, changed in ({"was added": manifest | {key: 1}} if key == "new" else changes).items():
+        path.write_text(json.dumps(changed))
+        words = "its hashes are others" if seal else f"'{key}' {what}"
+        early = {"schema": "is no manifest|has another schema", "files": "is no manifest"}.get(key)
+        with pytest.raises(ArtifactError, match=early or rf"qdeploy\.json' was changed after it was written; found: {words}; to do"):
+            Artifact.open(tmp_path / "out")
+
+
+@pytest.mark.parametrize("key", ["float_bytes", "inputs", "outputs", "encodings", "tie_free", "planned", "runtimes", "steps"])
+@pytest.mark.parametrize("value", [None, [], 7, "x", [{}], [None], {"a": 1}])
+def test_a_field_of_another_form_is_no_traceback_even_where_it_was_sealed(key: str, value: object, tmp_path: Path) -> None:
+    path = copy_of("plain", "snpe", tmp_path / "out") / MANIFEST
+    manifest = json.loads(path.read_text())
+    path.write_text(render(sealed(manifest | {key: value})))
+    opened = Artifact.open(tmp_path / "out")
+    empty = value == [] and key in ("encodings", "planned", "runtimes", "steps")
+    if empty or (key, value) == ("float_bytes", 7):
+        opened.check_whole()
+    else:
+        with pytest.raises(ArtifactError, match=r"qdeploy\.json' is no whole manifest; found: "):
+            opened.check_whole()
+
+
+@pytest.mark.parametrize("name", ["../model.onnx", "a/b", "..", "", "."])
+def test_a_manifest_names_files_of_its_folder_only(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "out", {}, {"schema": SCHEMA})
+    path = tmp_path / "out" / MANIFEST
+    path.write_text(render(sealed(json.loads(path.read_text()) | {"files": {name: "0"}})))
+    with pytest.raises(ArtifactError, match="'files' names no files of the folder"):
+        Artifact.open(tmp_path / "out")
 
 
 @pytest.mark.slow

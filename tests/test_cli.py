@@ -25,6 +25,7 @@ import pytest
 import torch
 
 from qdeploy.cli.main import main
+from qdeploy.export.manifest import sealed
 from qdeploy.files.model import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -266,7 +267,7 @@ def test_failed_checks_are_exit_status_1(artifact: Path, tmp_path: Path, capfd: 
     onnx.save(model, out / "model.sim.onnx")
     manifest = json.loads((out / "qdeploy.json").read_text())
     manifest["files"]["model.sim.onnx"] = hashlib.sha256((out / "model.sim.onnx").read_bytes()).hexdigest()
-    (out / "qdeploy.json").write_text(json.dumps(manifest))
+    (out / "qdeploy.json").write_text(json.dumps(sealed(manifest)))
     assert run("verify", out, "--runtime", "onnxruntime:none") == 1
     shown, err = capfd.readouterr()
     assert "SQNR" in shown and "is below 20 dB" in " ".join(shown.split()) and err == ""

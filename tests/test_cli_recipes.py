@@ -128,8 +128,8 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(how: signal.Signals, tmp_path
 def test_the_work_of_another_run_is_refused(
     plain: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    (tmp_path / ".out.work").mkdir()
-    (tmp_path / ".out.work/run.json").write_text("{}")
+    (tmp_path / ".out.work/parts").mkdir(parents=True)
+    (tmp_path / ".out.work/parts/run.json").write_text("{}")
     given = ["--data", plain / "images.npy", *COMMON, "--out", tmp_path / "out", "--resume"]
     assert run("quantize", plain / "plain.pt2", "--backend", "snpe", *given, monkeypatch=monkeypatch) == 2
     assert "work of another run" in capfd.readouterr().err

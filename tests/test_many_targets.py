@@ -27,7 +27,8 @@ from qdeploy.core.errors import InputError, OptionError, QDeployError
 from qdeploy.core.spec import QuantSpec
 from qdeploy.core.targets import find_backends, with_schemes
 from qdeploy.export import emit
-from qdeploy.export.artifact import MANIFEST, Artifact
+from qdeploy.export.artifact import Artifact
+from qdeploy.export.manifest import MANIFEST
 from qdeploy.graph.observe import insert_observers
 from qdeploy.numerics.observer import Observer, make_observer
 from qdeploy.recipes import calibration_pass

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import qdeploy
 from qdeploy.core.backend import backends
 from qdeploy.core.errors import ArtifactError, InputError, NotInstalledError, OptionError
-from qdeploy.export.artifact import MANIFEST, Artifact, render, sha256
+from qdeploy.export.artifact import Artifact
+from qdeploy.export.manifest import MANIFEST, SCHEMA, render, sealed, sha256
 from qdeploy.runtimes.runtime import Runtime, find_runtime, runtimes
 from qdeploy.verification.verify import INEXACT, _asked, _Score, verify_artifact
 
@@ -39,10 +40,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the manifest."""
+    """Change the manifest, and seal it anew."""
     manifest = json.loads((folder / MANIFEST).read_text())
     change(manifest)
-    (folder / MANIFEST).write_text(render(manifest))
+    (folder / MANIFEST).write_text(render(sealed(manifest)))
 
 
 def scale_tensor(folder: Path, tensor: str, factor: float) -> None:
@@ -264,7 +265,7 @@ def test_mistaken_arguments_are_named(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_manifest_without_what_verify_reads_is_refused(tmp_path: Path) -> None:
-    (tmp_path / MANIFEST).write_text('{"schema": 1, "files": {}}')
+    (tmp_path / MANIFEST).write_text(render(sealed({"schema": SCHEMA, "files": {}})))
     with pytest.raises(ArtifactError, match="no whole manifest; found: without runtimes"):
         qdeploy.verify(tmp_path)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from qdeploy.core.errors import InputError, OptionError
 if TYPE_CHECKING:
     from qdeploy.core.backend import Backend
     from qdeploy.core.spec import TensorSpec
+    from qdeploy.export.place import Place
     from qdeploy.files.data import Data, ImageOptions
     from qdeploy.simulation.prepared import Prepared
 
@@ -169,13 +170,23 @@ def _numbers(text: str | None, option: str, default: float) -> tuple[float, ...]
 
 def free_places(out: Path, targets: Sequence[Backend], file_format: str | None) -> list[Path]:
     """The folder of each target: `out`, or one in it with the target's name. Both may be written, and so may the format."""
-    from qdeploy.export import artifact
+    from qdeploy.export.place import check_free
 
     places = [out / target.name if len(targets) > 1 else out for target in targets]
     for target, place in zip(targets, places, strict=True):
         target.choose_format(file_format)
-        artifact.check_free(place)
+        check_free(place)
     return places
+
+
+@contextmanager
+def claimed(out: Path, folders: Sequence[Path]) -> Iterator[tuple[Place, list[Place]]]:
+    """Hold `out`, beside which finished parts are kept, and every one of the `folders`, which is `out` itself or lies in it."""
+    from qdeploy.export.place import claim, held
+
+    with ExitStack() as stack:
+        places = [stack.enter_context(claim(folder)) for folder in folders]
+        yield places[0] if folders[0] == out else stack.enter_context(held(out)), places
 
 
 def check_labels(*pairs: tuple[str, str | None, str, str | None]) -> None:
@@ -237,13 +248,3 @@ class CalibrationSource:
         """The user's own data; the example has one sample, which is also the batch of a model that fixes it."""
         labels = data.labels if with_labels else None
         return cls(example=next(data.batches(1)), labels=labels, count=partial(count, data), batches=partial(batches, data))
-
-
-def work_folder(out: Path) -> Path:
-    """Where finished parts of long steps are kept: beside the artifact."""
-    return out.parent / f".{out.name}.work"
-
-
-def drop_folder(folder: Path) -> None:
-    """Remove the finished parts, now that the artifact is written."""
-    shutil.rmtree(folder, ignore_errors=True)

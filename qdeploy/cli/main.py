@@ -40,6 +40,7 @@ from qdeploy.core.errors import OptionError, QDeployError
 
 if TYPE_CHECKING:
     from qdeploy.core.spec import TensorSpec
+    from qdeploy.export.place import Place
     from qdeploy.files.data import Data
     from qdeploy.simulation.prepared import Prepared
     from qdeploy.verification.verify import Report
@@ -92,35 +93,36 @@ def quantize(
 
     console = Console(as_json, quiet)
     targets = find_backends(backend)
-    places = arguments.free_places(out, targets, file_format)
+    folders = arguments.free_places(out, targets, file_format)
     arguments.check_choices(recipe, runtime, samples, seed)
     arguments.check_labels(("--labels", labels, "--verify-data", verify_data), ("--data-labels", data_labels, "--data", data))
     images = arguments.image_options(mean, std, resize)
     opened = arguments.dynamic_sizes(dynamic, input_shape)
 
-    loaded, specs = arguments.load(model, arch, allow_pickle, input_shape, data)
-    calibration = open_data(data, specs, images, data_labels).pick(samples, seed) if data else None
-    evaluation = open_data(verify_data, arguments.with_open_sizes(specs, opened), images, labels) if verify_data else None
-    source = (
-        CalibrationSource.given(calibration, bool(data_labels)) if calibration else _distilled(loaded, specs, samples, seed, console)
-    )
-
-    options = api.Options(
-        recipe=recipe,
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        first_last_bits=first_last_bits,
-        seed=seed,
-        weight_scheme=weight_scheme,
-        activation_scheme=activation_scheme,
-        dynamic=opened,
-    )
-    with silence_torch():
-        several = api.prepare_all(loaded, arguments.example(loaded, specs, source.example), targets, **options)
-    folder = arguments.work_folder(out)
-    _calibrate(several, source, folder, resume, console)
-    done = [_write(one, place, file_format, evaluation, runtime, console) for one, place in zip(several, places, strict=True)]
-    arguments.drop_folder(folder)
+    with arguments.claimed(out, folders) as (work, places):
+        loaded, specs = arguments.load(model, arch, allow_pickle, input_shape, data)
+        calibration = open_data(data, specs, images, data_labels).pick(samples, seed) if data else None
+        evaluation = open_data(verify_data, arguments.with_open_sizes(specs, opened), images, labels) if verify_data else None
+        source = (
+            CalibrationSource.given(calibration, bool(data_labels))
+            if calibration
+            else _distilled(loaded, specs, samples, seed, console)
+        )
+        options = api.Options(
+            recipe=recipe,
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            first_last_bits=first_last_bits,
+            seed=seed,
+            weight_scheme=weight_scheme,
+            activation_scheme=activation_scheme,
+            dynamic=opened,
+        )
+        with silence_torch():
+            several = api.prepare_all(loaded, arguments.example(loaded, specs, source.example), targets, **options)
+        _calibrate(several, source, work.parts, resume, console)
+        done = [_write(one, place, file_format, evaluation, runtime, console) for one, place in zip(several, places, strict=True)]
+        work.drop_parts()
 
     console.dump(done if len(targets) > 1 else done[0])
     if not all(row["verify"]["passed"] for row in done):
@@ -151,15 +153,15 @@ def _calibrate(several: Sequence[Prepared], source: CalibrationSource, folder: P
 
 
 def _write(
-    prepared: Prepared, out: Path, file_format: str | None, evaluation: Data | None, runtime: list[str] | None, console: Console
+    prepared: Prepared, place: Place, file_format: str | None, evaluation: Data | None, runtime: list[str] | None, console: Console
 ) -> dict[str, Any]:
     """Write and verify one target's artifact, and print what came of it."""
     from qdeploy import api
-    from qdeploy.export import artifact
+    from qdeploy.export.manifest import MANIFEST
 
-    with artifact.staged(out) as place:
+    with place.staged() as fresh:
         console.say(f"write ONNX for {prepared.backend.name}")
-        written = api.convert(prepared, place, file_format)
+        written = api.convert(prepared, fresh, file_format)
         if evaluation is None:
             report = api.verify(written, runtime=runtime)
         else:
@@ -167,16 +169,16 @@ def _write(
             numbers = None if evaluation.labels is None else evaluation.labels[:used]
             with console.progress("verify", used) as progress:
                 report = api.verify(written, arguments.batches(evaluation, prepared), runtime, numbers, prepared, progress)
-    command = written.manifest["command"].replace("{out}", str(out))
+    command = written.manifest["command"].replace("{out}", str(place.out))
     console.print(lambda: print_steps(prepared.log))
     console.print(lambda: print_report(report))
-    console.say(f"\nwritten to {out}: {', '.join((*written.manifest['files'], artifact.MANIFEST))}")
+    console.say(f"\nwritten to {place.out}: {', '.join((*written.manifest['files'], MANIFEST))}")
     for note in written.manifest["notes"]:
         console.say(f"note: {note}")
     if command:
         console.say(f"next: {command}")
     return {
-        "out": str(out),
+        "out": str(place.out),
         "backend": prepared.backend.name,
         "command": command,
         "steps": prepared.log,

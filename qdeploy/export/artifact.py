@@ -6,36 +6,29 @@
     reference.npz    inputs, float outputs and simulated outputs of some calibration samples, for `verify`
     qdeploy.json     the manifest: backend, recipe, seed, versions, every encoding, the hashes of all files, verify's results
 
-The folder is written beside its place and renamed into it, so that it is there whole or not at all.
+The folder is written beside its place and renamed into it, so that it is there whole or not at all; see `place`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
-import re
-import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qdeploy.core.errors import ArtifactError, InputError
-from qdeploy.core.spec import Encoding
+from qdeploy.core.errors import ArtifactError, QDeployError, one_line
+from qdeploy.core.spec import Encoding, TensorSpec
+from qdeploy.export import manifest, place
+from qdeploy.export.manifest import MANIFEST, render, sealed, sha256
 
-SCHEMA = 1
-MANIFEST = "qdeploy.json"
 MODEL = "model.onnx"
 SIMULATION = "model.sim.onnx"
 REFERENCE = "reference.npz"
-_SYSTEM = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
-"""What systems put into folders that somebody looks at."""
 _NEEDED = ("runtimes", "float_bytes", "inputs", "outputs", "tie_free", "planned", "encodings")
 """What `verify` reads from a manifest."""
 
@@ -45,40 +38,53 @@ Arrays = dict[str, NDArray[Any]]
 class Artifact:
     """A written artifact at `path`. `manifest` is the content of qdeploy.json."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]):
+    def __init__(self, path: Path, content: dict[str, Any]):
         self.path = path
-        self.manifest = manifest
+        self.manifest = content
 
     @classmethod
     def open(cls, path: str | Path) -> Artifact:
-        """Read the folder at `path`; `ArtifactError` unless every file is there and has the hash of the manifest."""
+        """Read the folder at `path`; `ArtifactError` unless every file is there, and as it was written."""
         path = Path(path)
-        file = path / MANIFEST
-        if not file.is_file():
-            what = "is no artifact" if path.exists() else "does not exist"
-            raise ArtifactError(f"'{path}' {what}", action=f"name a folder with {MANIFEST}, written by qdeploy quantize")
-        try:
-            manifest = json.loads(file.read_text())
-            schema = manifest["schema"]
-            files = dict(manifest["files"])
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"'{file}' is no manifest", found=str(error), action="quantize the model again") from error
-        if schema != SCHEMA:
-            raise ArtifactError(f"'{file}' has another schema", found=schema, allowed=SCHEMA, action="use the qdeploy that wrote it")
-        for name, digest in files.items():
-            if not (path / name).is_file():
-                raise ArtifactError(f"'{path / name}' is missing", action="quantize the model again")
-            if sha256((path / name).read_bytes()) != digest:
-                raise ArtifactError(f"'{path / name}' was changed after it was written", action="quantize the model again")
-        return cls(path, manifest)
+        content = manifest.read(path)
+        missing = [name for name in content["files"] if not (path / name).is_file()]
+        if missing:
+            raise ArtifactError(f"'{path / missing[0]}' is missing", found=_more(missing), action="quantize the model again")
+        changed = [name for name, digest in content["files"].items() if sha256((path / name).read_bytes()) != digest]
+        if changed:
+            what = f"'{path / changed[0]}' was changed after it was written"
+            raise ArtifactError(what, found=_more(changed), action="quantize the model again")
+        return cls(path, content)
 
     def check_whole(self) -> None:
-        """`ArtifactError` unless the manifest has all that `verify` reads."""
+        """`ArtifactError` unless the manifest has all that `verify` reads, in the form that it is written in."""
         missing = [key for key in _NEEDED if key not in self.manifest]
         missing += [name for name in (MODEL, REFERENCE) if name not in self.manifest["files"]]
-        if missing:
+        try:
+            wrong = [] if missing else self._wrong()
+        except (KeyError, TypeError, ValueError, AttributeError, QDeployError) as error:
+            wrong = [one_line(error)]
+        if missing or wrong:
             what = f"'{self.path / MANIFEST}' is no whole manifest"
-            raise ArtifactError(what, found=f"without {', '.join(missing)}", action="quantize the model again")
+            found = f"without {', '.join(missing)}" if missing else ", ".join(wrong)
+            raise ArtifactError(what, found=found, action="quantize the model again")
+
+    def _wrong(self) -> list[str]:
+        """The fields that are not of the form that they are written in. Raises all kinds for what has no form at all."""
+        specs = [TensorSpec.from_json(spec) for spec in self.inputs]
+        lists = [key for key in ("inputs", "outputs", "planned", "runtimes", "encodings") if not isinstance(self.manifest[key], list)]
+        texts = [*(spec.name for spec in specs), *self.outputs, *self.manifest["planned"], *self.manifest["runtimes"]]
+        sizes = [size for spec in specs for size in spec.shape]
+        fits = {
+            "inputs": specs and all(size is None or (isinstance(size, int) and size > 0) for size in sizes),
+            "outputs": bool(self.outputs),
+            "planned": all(isinstance(text, str) for text in texts),
+            "float_bytes": isinstance(self.manifest["float_bytes"], int),
+            "tie_free": isinstance(self.manifest["tie_free"], bool),
+            "steps": all(isinstance(step["decision"], str) for step in self.manifest.get("steps", [])),
+            "encodings": all(isinstance(encoding.tensor, str) for encoding in self.encodings),
+        }
+        return [f"'{key}' of another form" for key in (*lists, *(key for key, fit in fits.items() if not fit))]
 
     @property
     def encodings(self) -> tuple[Encoding, ...]:
@@ -107,97 +113,39 @@ class Artifact:
 
     def reference(self) -> Arrays:
         """The saved samples: `input.<name>`, `float.<output>`, `simulated.<output>`."""
-        with np.load(self.path / REFERENCE) as file:
-            return dict(file)
+        try:
+            with np.load(self.path / REFERENCE, allow_pickle=False) as file:
+                return dict(file)
+        except Exception as error:  # NumPy raises many kinds for damaged files
+            what = f"'{self.path / REFERENCE}' cannot be read"
+            raise ArtifactError(what, found=one_line(error), action="quantize the model again") from error
 
     def record(self, key: str, value: object) -> None:
-        """Put a result into the manifest; the file is replaced at once or not at all."""
-        self.manifest[key] = value
-        temporary = self.path / f".{MANIFEST}.{os.getpid()}"
-        temporary.write_text(render(self.manifest))
-        temporary.replace(self.path / MANIFEST)
+        """Put a result into the manifest; the file is replaced at once or not at all.
+
+        `ArtifactError` where another artifact stands there by now, `OSError` where the folder cannot be written.
+        """
+        with place.held(self.path / MANIFEST, wait=10) as held:
+            if manifest.read(self.path)["files"] != self.manifest["files"]:
+                raise ArtifactError(f"'{self.path}' was replaced by another artifact meanwhile", action="verify that one")
+            self.manifest = sealed(self.manifest | {key: value})
+            held.replace(render(self.manifest))
 
 
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A place beside `out` to write an artifact to; it becomes `out` at the end of the block, and vanishes if that raises."""
-    check_free(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        fresh = Path(folder) / out.name
-        yield fresh
-        old = Path(folder) / "replaced"
-        if out.exists():
-            out.rename(old)
-        try:
-            fresh.rename(out)
-        except BaseException:
-            if old.exists():
-                old.rename(out)
-            raise
+def _more(names: Sequence[str]) -> str | None:
+    """The other names, where there are several."""
+    return f"the same of {', '.join(names[1:6])}{' and more' if len(names) > 6 else ''}" if len(names) > 1 else None
 
 
-def write(out: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> Artifact:
-    """Write an artifact folder at `out`, replacing an artifact that stands there; see `check_free`."""
-    whole = dict(manifest) | {"files": {name: sha256(data) for name, data in sorted(files.items())}}
-    with staged(out) as fresh:
+def write(out: Path, files: Mapping[str, bytes], content: Mapping[str, Any]) -> Artifact:
+    """Write an artifact folder at `out`, replacing an artifact that stands there; see `place.check_free`."""
+    whole = sealed(dict(content) | {"files": {name: sha256(data) for name, data in sorted(files.items())}})
+    with place.claim(out) as claimed, claimed.staged() as fresh:
         fresh.mkdir()
         for name, data in files.items():
             (fresh / name).write_bytes(data)
-        (fresh / MANIFEST).write_text(render(whole))
+        (fresh / MANIFEST).write_text(render(whole), encoding="utf-8")
     return Artifact(out, json.loads(render(whole)))
-
-
-def check_free(out: Path) -> None:
-    """`InputError` where `out` is something that qdeploy did not write, or holds something besides: to write replaces the folder."""
-    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        kind = "a folder with other files" if out.is_dir() else "a file"
-        raise InputError(f"cannot write to '{out}'", found=kind, action="name a new folder with --out")
-    foreign = _foreign(out)
-    if foreign:
-        found = f"{', '.join(map(repr, foreign[:5]))}{' and more' if len(foreign) > 5 else ''}, which qdeploy did not write so"
-        raise InputError(f"cannot write to '{out}'", found=found, action="move them out of the folder, or name a new one with --out")
-    if out.is_symlink() or out.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise InputError(f"cannot write to '{out}'", found="a link, or the folder at work", action="name a new folder with --out")
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"cannot write to '{out}'", found=f"'{parent}' is not a writable folder", action="name another folder")
-
-
-def _foreign(out: Path) -> list[str]:
-    """What lies in an artifact's folder besides the files of its manifest, as they were written; nothing where there is no manifest."""
-    if not (out / MANIFEST).is_file():
-        return []
-    try:
-        written = dict(json.loads((out / MANIFEST).read_text())["files"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        written = {}
-    ours = re.compile(rf"{re.escape(MANIFEST)}|\.{re.escape(MANIFEST)}\.\d+")
-    kept = []
-    for path in sorted(out.iterdir()):
-        same = path.is_file() and not path.is_symlink() and sha256(path.read_bytes()) == written.get(path.name)
-        if not same and not ours.fullmatch(path.name) and path.name not in _SYSTEM:
-            kept.append(path.name)
-    return kept
-
-
-def sha256(data: bytes) -> str:
-    """Hexadecimal SHA-256."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def render(manifest: Mapping[str, Any]) -> str:
-    """The manifest as text: stable order, one field a line, lists of numbers short."""
-    lines = []
-    for key, value in manifest.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            items = ",\n".join(f"    {json.dumps(item)}" for item in value)
-            lines.append(f'  "{key}": [\n{items}\n  ]')
-        else:
-            lines.append(f'  "{key}": {json.dumps(value)}')
-    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
