@@ -105,6 +105,7 @@ def prepare_all(
 def _prepare(captured: Captured, targets: tuple[Backend, ...], recipe: Recipe, widths: Widths, seed: int) -> tuple[Prepared, ...]:
     fold.fold(captured.module, with_biases=any(step.needs_biases for step in step_runner.made_steps(recipe)))
     shared: dict[object, Observer] = {}
+    _check_finite(captured.module)
     plans = [make_plan(captured.module, target, widths) for target in targets]
     return tuple(_prepared(captured, plan, target, recipe, seed, shared) for plan, target in zip(plans, targets, strict=True))
 
@@ -135,6 +136,17 @@ def _check_float32(module: fx.GraphModule, plan: Plan) -> None:
         if name in planned and isinstance(value, Tensor) and value.dtype != torch.float32:
             found = f"{str(value.dtype).removeprefix('torch.')} in '{name}'"
             raise InputError("the model is not in float32", found=found, action="call model.float(), and give float32 examples")
+
+
+def _check_finite(module: fx.GraphModule) -> None:
+    """`InputError` for weights and biases of layers that hold no numbers. A mask may hold them."""
+    seen: set[str] = set()
+    for constant in (c for node in module.graph.nodes if node.op == "call_function" for c in query.constants(node)):
+        name = str(constant.target)
+        if name not in seen and not bool(query.parameter(module, name).isfinite().all()):
+            action = "check the model in float, and what its batch norms are folded to"
+            raise InputError(f"the parameter '{name}' of the model holds NaN or Inf", action=action)
+        seen.add(name)
 
 
 def calibrate(
@@ -181,6 +193,7 @@ def calibrate_all(
         step_runner.run_simulation_steps(
             one, kept.samples(), kept.held(), kept.labels(), None if folder is None else Path(folder) / one.backend.name, step_progress
         )
+        one.check_scales()
         one.calibrated, one.observers = True, {}
     return several
 

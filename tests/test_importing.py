@@ -6,6 +6,7 @@ import os
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import networks
 import numpy as np
@@ -225,7 +226,7 @@ BAD = {
         ["node 'Resize0'", "this kind of resizing", "antialias 1"],
     ),
     "a second output": ("y, m = Dropout(x)\n n = Not(m)", 18, InputError, ["node 'Dropout0'", "output 1", "allowed: output 0"]),
-    "an input too many": ("y = Relu(x, x)", 18, InputError, ["node 'Relu0'", "input 1", "inputs 0 to 0"]),
+    "an input too many": ("y = Relu(x, x)", 18, InputError, ["node 'Relu0'", "wrong number of inputs; found: 2", "allowed: 1 to 1"]),
     "shapes that do not fit": (
         "y = MatMul(x, w)",
         18,
@@ -391,3 +392,43 @@ def test_a_quantized_import_is_the_quantized_original():
     for batch in data:
         ours, theirs = (networks.flat(prepared(*batch))[0] for prepared in made)
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.05)
+
+
+def _tiny(name: str = "w", size: int | str = "n", output: str = "y", **attributes: Any) -> onnx.ModelProto:
+    """A convolution and a ReLU, with a weight called `name` and a batch of `size`."""
+    conv = onnx.helper.make_node("Conv", ["x", name], ["c"], name="Conv0", **attributes)
+    relu = onnx.helper.make_node("Relu", ["c"], ["y"], name="Relu0")
+    given = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [size, 1, 4, 4])
+    made = onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None)
+    weight = onnx.numpy_helper.from_array(np.ones((2, 1, 3, 3), np.float32), name)
+    graph = onnx.helper.make_graph([conv, relu], "g", [given], [made], [weight])
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)])
+
+
+@pytest.mark.parametrize("name", ["None", "self", "torch", "class", "__class__", "a.None.b", "1", "é", "forward", "x=1", "inf"])
+def test_names_that_generated_source_has_for_itself_are_names_like_others(name: str, tmp_path: Path) -> None:
+    onnx.save(_tiny(name), tmp_path / "m.onnx")
+    captured = capture(load_model(tmp_path / "m.onnx"), torch.ones(2, 1, 4, 4))
+    torch.testing.assert_close(captured.module(torch.ones(2, 1, 4, 4))["y"], torch.full((2, 2, 2, 2), 9.0))
+
+
+ODD = {
+    "a size of -1": ({"size": -1}, "input 'x' has a size that no tensor has; found: [-1, 1, 4, 4]"),
+    "a batch of -5": ({"size": -5}, "a size that no tensor has"),
+    "no samples": ({"size": 0}, "a size that no tensor has"),
+    "a huge size": ({"size": 2**40}, "input 'x' is too large"),
+    "a huge batch": ({"size": 10**9}, "input 'x' is too large"),
+    "a missing output": ({"output": "z"}, "returns 'z'; found: a tensor that nothing makes"),
+    "a name with a line break": ({"name": "w\n"}, r"has a name that cannot be used; found: 'w\n'"),
+    "a very long name": ({"name": "w" * 5000}, "has a name that cannot be used"),
+    "a dimension of code": ({"size": "n\nimport os"}, "has a name that cannot be used"),
+    "an attribute of another type": ({"group": "x"}, "attribute 'group' is of the wrong type; found: STRING; allowed: INT"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_no_exporter_writes_is_refused_in_one_message(kind: str, tmp_path: Path) -> None:
+    given, words = ODD[kind]
+    onnx.save(_tiny(**given), tmp_path / "m.onnx")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=re.escape(words)):
+        load_model(tmp_path / "m.onnx")

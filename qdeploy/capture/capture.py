@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from qdeploy.capture import decompose, inputs, outputs, simplify
 from qdeploy.capture.inputs import Batch, Call, Dynamic
-from qdeploy.core.errors import CaptureError, InputError
+from qdeploy.core.errors import CaptureError, InputError, QDeployError, one_line
+from qdeploy.core.names import GENERATED
 from qdeploy.core.spec import TensorSpec
 from qdeploy.graph import edit, query
 
@@ -53,11 +54,7 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Batch | None, dy
         example, program, specs = _from_program(model, example_inputs, dynamic or {}, notes)
     else:
         example, program, specs = _from_module(model, _call(model, example_inputs, dynamic or {}), dynamic is None, notes)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, while it copies its programs
-        program = program.run_decompositions(decompose.DECOMPOSITIONS)
-    module = program.module(check_guards=False)
-    assert isinstance(module, fx.GraphModule)
+    module = _decomposed(program)
     outputs.check(module)
     _by_place(module)
     _own_parameters(module)
@@ -69,6 +66,25 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Batch | None, dy
         raise InputError(f"input '{other}' of the model is no tensor", action="export it with tensors only")
     _name_tensors(module, [spec.name for spec in specs])
     return Captured(module=module, inputs=specs, example=example, notes=tuple(notes))
+
+
+def _decomposed(program: ExportedProgram) -> fx.GraphModule:
+    """The graph of `program` in the operators that qdeploy knows; `CaptureError` where it is none that torch would have written."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own, while it copies its programs
+            module = program.run_decompositions(decompose.DECOMPOSITIONS).module(check_guards=False)
+    except QDeployError:
+        raise
+    except Exception as error:  # torch takes graphs on trust, and fails somewhere
+        raise CaptureError(
+            "the exported program cannot be computed", found=one_line(error), action="export the model again with torch.export"
+        ) from error
+    assert isinstance(module, fx.GraphModule)
+    for node in module.graph.nodes:
+        if node.name in GENERATED:  # torch.export names them after parameters, and would hide what the generated source needs
+            node._rename(f"{node.name}_")
+    return module
 
 
 Traced = tuple[tuple[Tensor, ...], ExportedProgram, tuple[TensorSpec, ...]]

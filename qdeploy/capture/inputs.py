@@ -9,6 +9,7 @@ torch.export takes a size for open as soon as nothing in the model asks for one 
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ Dynamic = Mapping[str, Mapping[int, str]]
 """The names of open dimensions beyond the batch, by input and dimension; one name is one size."""
 BATCH = "batch"
 """The name of the first dimension of every input."""
+LARGEST = 1 << 28
+"""Numbers of an input with all its fixed sizes, the batch too: 1 GiB in float32."""
 OPEN = "open"
 """Where the module of a file keeps what the file leaves open, in its `meta`."""
 
@@ -74,6 +77,18 @@ def checked(batch: Batch, specs: Sequence[TensorSpec], what: str = "a batch") ->
     tensors = ordered(batch, [spec.name for spec in specs], what)
     check_batch(tensors, specs, what)
     return tensors
+
+
+def check_sizes(what: str, sizes: Sequence[int | None]) -> None:
+    """`InputError` for an input, `what`, of which no sample can be made: with a size below 1, or of more numbers than `LARGEST`."""
+    known = [size for size in sizes if size is not None]
+    if any(size < 1 for size in known):
+        raise InputError(
+            f"{what} has a size that no tensor has", found=show_shape(sizes), allowed="1 or more", action="export it again"
+        )
+    if math.prod(known) > LARGEST:
+        found, allowed = f"{show_shape(sizes)}, {math.prod(known):.1e} numbers", f"up to {LARGEST:.1e}"
+        raise InputError(f"{what} is too large", found=found, allowed=allowed, action="export it again, with an open batch")
 
 
 def _check_tensor(tensor: Tensor, spec: TensorSpec) -> None:
@@ -205,7 +220,10 @@ def input_nodes(program: ExportedProgram) -> list[fx.Node]:
 def program_inputs(program: ExportedProgram) -> tuple[TensorSpec, ...]:
     """The inputs of an exported program."""
     nodes = input_nodes(program)
-    return specs(nodes, [node.name for node in nodes], {})
+    found = specs(nodes, [node.name for node in nodes], {})
+    for spec in found:
+        check_sizes(f"input '{spec.name}' of the program", spec.shape)
+    return found
 
 
 def specs(nodes: Sequence[fx.Node], names: Sequence[str], given: Dynamic) -> tuple[TensorSpec, ...]:

@@ -146,6 +146,12 @@ def example(model: Any, specs: Sequence[TensorSpec], tensors: Sequence[Any]) -> 
     return dict(zip(names, tensors, strict=True)) if set(names) <= set(parameters(model)) else tuple(tensors)
 
 
+def check_batch(data: Data | None, specs: Sequence[TensorSpec]) -> None:
+    """`InputError` where the model fixes a batch that the samples do not fill, before it is captured with one."""
+    if data is not None and specs and specs[0].shape and specs[0].shape[0] is not None:
+        in_whole_batches(len(data), specs[0].shape[0])
+
+
 def image_options(mean: str | None, std: str | None, resize: str | None) -> ImageOptions:
     from qdeploy.files.data import ImageOptions
 

@@ -36,7 +36,7 @@ from qdeploy.cli.arguments import (
     WeightScheme,
 )
 from qdeploy.cli.console import Console, print_report, print_rows, print_steps, silence_torch
-from qdeploy.core.errors import OptionError, QDeployError
+from qdeploy.core.errors import OptionError, QDeployError, one_line
 
 if TYPE_CHECKING:
     from qdeploy.core.spec import TensorSpec
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from qdeploy.simulation.prepared import Prepared
     from qdeploy.verification.verify import Report
 
+LONGEST_MESSAGE = 3000
+"""Characters of an error; longer ones only come from odd files."""
 app = typer.Typer(
     help="Quantize a model for one piece of hardware, and prove that what was simulated is what is deployed.",
     no_args_is_help=True,
@@ -118,6 +120,7 @@ def quantize(
             activation_scheme=activation_scheme,
             dynamic=opened,
         )
+        arguments.check_batch(calibration, specs)
         with silence_torch():
             several = api.prepare_all(loaded, arguments.example(loaded, specs, source.example), targets, **options)
         _calibrate(several, source, work.parts, resume, console)
@@ -331,12 +334,18 @@ def main() -> None:
     except OSError as error:
         what = f"{error.strerror or error}{f': {error.filename!r}' if error.filename else ''}"
         sys.exit(_fail(str(QDeployError(what, action="check the path, its permissions and the space on the disk"))))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # what torch says for it
+            raise
+        action = "give smaller inputs or fewer samples a batch, or a machine with more memory"
+        sys.exit(_fail(str(QDeployError("there is not enough memory", found=one_line(error), action=action))))
     finally:
         sys.stdout = output
 
 
 def _fail(message: str) -> int:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    sys.stderr.write(f"error: {line if len(line) <= LONGEST_MESSAGE else line[:LONGEST_MESSAGE] + '...'}\n")
     return 2
 
 

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
+from onnx import external_data_helper, numpy_helper
 
-from qdeploy.core.errors import ArtifactError, QDeployError, one_line
+from qdeploy.core.errors import ArtifactError, one_line
 from qdeploy.core.spec import Encoding, TensorSpec
 from qdeploy.export import manifest, place
 from qdeploy.export.manifest import MANIFEST, render, sealed, sha256
@@ -62,7 +64,7 @@ class Artifact:
         missing += [name for name in (MODEL, REFERENCE) if name not in self.manifest["files"]]
         try:
             wrong = [] if missing else self._wrong()
-        except (KeyError, TypeError, ValueError, AttributeError, QDeployError) as error:
+        except Exception as error:  # what was changed and sealed again may be anything
             wrong = [one_line(error)]
         if missing or wrong:
             what = f"'{self.path / MANIFEST}' is no whole manifest"
@@ -119,6 +121,18 @@ class Artifact:
         except Exception as error:  # NumPy raises many kinds for damaged files
             what = f"'{self.path / REFERENCE}' cannot be read"
             raise ArtifactError(what, found=one_line(error), action="quantize the model again") from error
+
+    def load(self, path: Path) -> onnx.ModelProto:
+        """One of the artifact's ONNX files; `ArtifactError` for one that cannot be read, or that names other files for its tensors."""
+        try:
+            model = onnx.load(path, load_external_data=False)
+            for constant in model.graph.initializer:
+                if external_data_helper.uses_external_data(constant):
+                    raise ValueError(f"tensor '{constant.name}' is in another file")
+                numpy_helper.to_array(constant)
+        except Exception as error:  # protobuf and onnx raise many kinds for damaged files
+            raise ArtifactError(f"'{path}' cannot be read", found=one_line(error), action="quantize the model again") from error
+        return model
 
     def record(self, key: str, value: object) -> None:
         """Put a result into the manifest; the file is replaced at once or not at all.

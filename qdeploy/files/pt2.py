@@ -136,12 +136,16 @@ def _listening(heard: list[str]) -> Iterator[None]:
             if record.exc_info and record.exc_info[1]:
                 heard.append(one_line(record.exc_info[1]))
 
-    logger, listener = logging.getLogger("torch.export"), Listener()
-    propagate, handlers = logger.propagate, logger.handlers
-    logger.propagate, logger.handlers = False, [listener]
+    listener = Listener()
+    logging.getLogger("torch.export")  # torch makes it when it has something to say
+    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.partition(".")[0] == "torch"]
+    before = [(logger.propagate, logger.handlers) for logger in loggers]
+    for logger in loggers:
+        logger.propagate, logger.handlers = False, [listener]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.propagate, logger.handlers = propagate, handlers
+        for logger, (propagate, handlers) in zip(loggers, before, strict=True):
+            logger.propagate, logger.handlers = propagate, handlers

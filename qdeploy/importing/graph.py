@@ -6,7 +6,6 @@ under the names that they have in the file.
 
 from __future__ import annotations
 
-import keyword
 import operator as python
 import re
 from collections import Counter
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qdeploy.core.errors import InputError, QDeployError
+from qdeploy.core.names import reserved
 from qdeploy.importing.elementwise import torch_dtype
 from qdeploy.importing.read import where
 from qdeploy.importing.table import OPERATORS, Operator
@@ -37,7 +37,7 @@ def identifier(name: str) -> str:
     """
     made = re.sub(r"\W", "_", name, flags=re.ASCII) or "_"
     made = f"_{made}" if made[0].isdigit() else made
-    return f"{made}_" if keyword.iskeyword(made) else made
+    return f"{made}_" if reserved(made) else made
 
 
 def _name(name: str, node: ir.Node, at: int) -> str:
@@ -233,7 +233,8 @@ class Builder:
 
 def _parts(name: str) -> list[str]:
     """A name in the file as a path of modules."""
-    return [re.sub(r"\W", "_", part, flags=re.ASCII) for part in re.split(r"[./]", name) if part] or ["constant"]
+    parts = [re.sub(r"\W", "_", part, flags=re.ASCII) for part in re.split(r"[./]", name) if part] or ["constant"]
+    return [f"{part}_" if reserved(part) else part for part in parts]
 
 
 def keep(root: nn.Module, name: str, value: Tensor, buffer: bool = False) -> str:

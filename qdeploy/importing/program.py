@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
-from qdeploy.capture.inputs import BATCH, OPEN
+from qdeploy.capture.inputs import BATCH, OPEN, check_sizes
 from qdeploy.core.errors import CaptureError, InputError, QDeployError
 from qdeploy.importing import fuse
 from qdeploy.importing.elementwise import torch_dtype
@@ -48,7 +48,9 @@ def _shape(path: Path, value: ir.Value) -> list[int | None]:
         raise InputError(
             f"'{path}': input '{value.name}' must be a tensor with known dimensions", found=found, action="export it again"
         )
-    return [size if isinstance(size, int) else None for size in value.shape]
+    sizes = [size if isinstance(size, int) else None for size in value.shape]
+    check_sizes(f"'{path}': input '{value.name}'", sizes)
+    return sizes
 
 
 def _left_open(module: fx.GraphModule, inputs: Sequence[ir.Value]) -> dict[str, dict[int, str]]:

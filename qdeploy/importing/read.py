@@ -5,10 +5,13 @@ No code of the file is run. Tensors that the file keeps in other files are read 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+import onnx
+import onnx.defs
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 
@@ -21,6 +24,7 @@ __all__ = ["FIRST_OPSET", "LAST_OPSET", "elementwise", "layers", "read", "reduci
 FIRST_OPSET, LAST_OPSET = 7, 25
 """Opset 7 brought the broadcasting of today; of later ones than the last, the changes are not known here."""
 
+LONGEST_NAME = 1000
 COPY_AGAIN = "copy or export the file again"
 _OWN = ("Linear", "PReluChannels", "SpelledLayerNorm")
 _RECURRENT = ("LSTM", "GRU", "RNN")
@@ -38,6 +42,7 @@ def read(path: Path, ends: Sequence[str] = ()) -> ir.Model:
 
     Raises `InputError` for one that is damaged, quantized, or has what the importer does not know.
     """
+    logging.getLogger("onnx_ir").setLevel(logging.CRITICAL)  # of a damaged graph it would say line by line what the message says
     try:
         model = ir.load(path)
     except Exception as error:  # protobuf and onnx_ir raise many kinds for damaged files
@@ -50,6 +55,7 @@ def read(path: Path, ends: Sequence[str] = ()) -> ir.Model:
         raise InputError(
             f"cannot order the nodes of '{path}'", found=_short(error), action="check it with onnx.checker, or export it again"
         ) from error
+    _check_names(path, made.model)
     if ends:
         _end_at(path, made.model, ends)
     _check(path, made.model)
@@ -115,6 +121,9 @@ def _check(path: Path, model: ir.Model) -> None:
         raise InputError(f"'{path}' is of an opset that is not supported", found=opset, allowed=allowed, action="export it again")
     if not model.graph.outputs:
         raise InputError(f"'{path}' returns nothing", found="a graph without outputs", action="export a model")
+    for value in model.graph.outputs:
+        if value.producer() is None and not value.is_graph_input() and not value.is_initializer():
+            raise InputError(f"'{path}' returns '{value.name}'", found="a tensor that nothing makes", action=COPY_AGAIN)
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         if value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
             found = f"{value.dtype.name} in '{value.name}'"
@@ -158,6 +167,37 @@ def _check_node(path: Path, node: ir.Node, opset: int | None) -> None:
             allowed="graphs without If, Loop and Scan",
             action="export the model with torch.onnx.export(dynamo=True), or simplify it with onnxsim",
         )
+    _check_schema(place, node, opset)
     for value in node.inputs:
         if value is not None and value.producer() is None and not value.is_graph_input() and not value.is_initializer():
             raise InputError(f"{place}: an input that nothing makes", found=f"'{value.name}'", action=COPY_AGAIN)
+
+
+def _check_schema(place: str, node: ir.Node, opset: int | None) -> None:
+    """`InputError` for too few or too many inputs, or an attribute of another type than ONNX defines; what it has not is told later."""
+    if node.domain or opset is None or not onnx.defs.has(node.op_type):
+        return
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opset)
+    except onnx.defs.SchemaError:  # no such operator in this opset
+        return
+    needed = node.inputs[: schema.min_input]
+    if len(needed) < schema.min_input or None in needed or len(node.inputs) > schema.max_input:
+        allowed = f"{schema.min_input} to {schema.max_input}" if schema.max_input < 99 else f"{schema.min_input} or more"
+        raise InputError(f"{place}: the wrong number of inputs", found=sum(v is not None for v in node.inputs), allowed=allowed)
+    for name, attribute in node.attributes.items():
+        wanted = str(schema.attributes[name].type).rpartition(".")[2] if name in schema.attributes else attribute.type.name
+        if attribute.type.name != wanted:
+            raise InputError(f"{place}: attribute '{name}' is of the wrong type", found=attribute.type.name, allowed=wanted)
+
+
+def _check_names(path: Path, model: ir.Model) -> None:
+    """`InputError` for a name that no exporter writes: these get into other files and into messages."""
+    graph = model.graph
+    values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+    sizes = [size.value or "" for value in graph.inputs if value.shape is not None for size in value.shape if not isinstance(size, int)]
+    for name in (*(value.name or "" for value in values), *(node.name or "" for node in graph), *sizes):
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            found = ascii(name[:40]) + (f" and {len(name) - 40} more characters" if len(name) > 40 else "")
+            allowed = f"up to {LONGEST_NAME} characters that can be printed"
+            raise InputError(f"'{path}' has a name that cannot be used", found=found, allowed=allowed, action="export it again")

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from qdeploy.capture.capture import Captured
 from qdeploy.capture.inputs import Batch, checked, ordered
 from qdeploy.core.backend import Backend
+from qdeploy.core.errors import InputError
 from qdeploy.core.recipe import Recipe
 from qdeploy.core.spec import Encoding
 from qdeploy.graph import query
@@ -132,6 +133,14 @@ class Prepared(nn.Module):
     def make_consistent(self) -> None:
         """Make all numbers fit each other again, after chosen scales or biases have changed."""
         make_consistent(self.module, self.plan, self.quantizers, self.chosen, self.biases)
+
+    def check_scales(self) -> None:
+        """`InputError` for a tensor whose numbers are so large or so small that float32 has no scale for them."""
+        for tensor in self.plan.quantized:
+            scale = self.quantizers[tensor.tensor].scale
+            if not bool((scale.isfinite() & (scale > 0)).all()):
+                action = "check the model in float: its weights, biases and batch norms"
+                raise InputError(f"no scale in float32 fits the numbers of tensor '{tensor.tensor}'", action=action)
 
     @property
     def batch_size(self) -> int:

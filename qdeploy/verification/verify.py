@@ -185,7 +185,7 @@ def verify_artifact(
     """
     artifact.check_whole()
     chosen = _choose(artifact, runtime)
-    faults = missing_names(artifact.encodings, artifact.manifest["planned"], tensor_names(onnx.load(artifact.model)))
+    faults = missing_names(artifact.encodings, artifact.manifest["planned"], tensor_names(artifact.load(artifact.model)))
     faults += _number_faults(artifact)
     saved = _saved(artifact)
     steps = _steps(artifact, saved.simulated)
@@ -248,6 +248,11 @@ class _Saved:
 
 def _saved(artifact: Artifact) -> _Saved:
     arrays = artifact.reference()
+    wanted = [f"input.{spec['name']}" for spec in artifact.inputs]
+    wanted += [f"{kind}.{name}" for kind in ("float", "simulated") for name in artifact.outputs]
+    missing = [name for name in wanted if name not in arrays or (name.startswith("input.") and not arrays[name].ndim)]
+    if missing:
+        raise ArtifactError(f"the saved samples have no '{missing[0]}'", action="quantize the model again")
     return _Saved(
         inputs=[arrays[f"input.{spec['name']}"] for spec in artifact.inputs],
         float_outputs=[arrays[f"float.{name}"] for name in artifact.outputs],
@@ -299,7 +304,7 @@ def _arrays(batches: Iterable[Batch], artifact: Artifact) -> Iterator[list[Array
 
 def _number_faults(artifact: Artifact) -> list[str]:
     """The encodings whose numbers are not those of the file that quantizes."""
-    model = onnx.load(artifact.simulation)
+    model = artifact.load(artifact.simulation)
     names = tensor_names(model)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = {node.name: node for node in model.graph.node}
@@ -308,7 +313,11 @@ def _number_faults(artifact: Artifact) -> list[str]:
         # half-precision tensors have no numbers, but a node that makes them so
         kind = "DequantizeLinear" if encoding.spec.linear else "LogDequantize" if encoding.spec.grid == "log" else "Cast"
         node = nodes.get(f"{encoding.tensor}_{kind}")
-        found = [numpy_helper.to_array(constants[name]).reshape(-1) for name in node.input[1:]] if node else []
+        found = (
+            [numpy_helper.to_array(constants[name]).reshape(-1) for name in node.input[1:]]
+            if node and constants.keys() >= set(node.input[1:])
+            else []
+        )
         numbers: dict[str, list[Array]] = {
             "DequantizeLinear": [encoding.scale, encoding.zero_point],
             "LogDequantize": [encoding.scale],
