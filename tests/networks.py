@@ -28,7 +28,7 @@ from qdeploy.recipes.presets import find_recipe
 from qdeploy.recipes.step_runner import made_steps
 from qdeploy.runtimes.runtime import runtimes
 from qdeploy.simulation.prepared import Prepared
-from qdeploy.verification.verify import MIN_SQNR
+from qdeploy.verification.verdict import MIN_SQNR
 
 Batch = tuple[Tensor, ...]
 _OWN = tempfile.TemporaryDirectory(prefix="qdeploy-tests-")

@@ -163,7 +163,7 @@ def test_the_engine_names_no_backend(path: Path):
     for line, text in _strings(path):
         assert text not in set(backends.names()) - shared, f"{path.name}:{line} names the backend {text!r}"
         assert text not in shared or (
-            text == "onnxruntime" and _name(path) in ("qdeploy/verification/verify.py", "qdeploy/core/backend.py")
+            text == "onnxruntime" and _name(path) in ("qdeploy/verification/session.py", "qdeploy/core/backend.py")
         ), f"{path.name}:{line} names the runtime {text!r}"
 
 

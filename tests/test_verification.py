@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from qdeploy.core.errors import ArtifactError, InputError, NotInstalledError, Op
 from qdeploy.export.artifact import Artifact
 from qdeploy.export.manifest import MANIFEST, SCHEMA, render, sealed, sha256
 from qdeploy.runtimes.runtime import Runtime, find_runtime, runtimes
-from qdeploy.verification.verify import INEXACT, _asked, _Score, verify_artifact
+from qdeploy.verification.verdict import FAILED, Asked, Output
+from qdeploy.verification.verify import INEXACT, _asked, _Row, verify_artifact
 
 SLOW = {("onnxruntime", "tvm"), ("openvino", "tvm"), ("tensorrt", "tvm")}
 """TVM compiles for seconds, and files like theirs for other targets: `tvm` and `snpe` are both ways to place quantizers."""
@@ -129,15 +131,15 @@ def test_accuracy_is_the_share_of_right_labels(folder: Path, kind: Callable[[lis
     assert [row.accuracy for row in report.results[1:]] == [0.75] * (len(report.results) - 1)
 
 
-def test_the_score_is_the_one_worked_by_hand() -> None:
-    score = _Score([0.5])
+def test_the_comparison_is_the_one_worked_by_hand() -> None:
     simulated = np.array([[3.0, 1.0], [0.0, 2.0], [4.0, 0.0]])
     made = np.array([[3.0, 1.0], [2.0, 0.0], [4.0, 1.0]])  # top-1 differs in the second sample
-    score.add([simulated], [made], np.array([0, 0, 1]))
-    result = score.result("row", 10, runtimes["onnxruntime"], {"fallback": 2})
+    row = _Row("row", lambda _: [made], 10, Asked(min_agreement=0.999), lambda: {"fallback": 2})
+    row.add([made], [simulated], np.array([0, 0, 1]), [Output(name="y", step=0.5, quantization=30.0, spread=10.0, peak=4.0)])
+    result = row.result(0.01)
     assert (result.samples, result.agreement, result.accuracy, result.max_steps) == (3, 2 / 3, 2 / 3, 4.0)
     assert result.sqnr == pytest.approx(10 * np.log10(30 / 9))  # 9 + 1 + 4 + 16 against 4 + 4 + 1
-    assert result.faults == ("SQNR 5.2 dB is below 20 dB", "2 compute nodes fell back to the CPU")
+    assert result.faults == ("SQNR 5.2 dB is below 24 dB", "2 compute nodes fell back to the CPU")
 
 
 @pytest.mark.parametrize(
@@ -151,9 +153,9 @@ def test_less_agreement_is_asked_where_sums_cannot_be_kept_off_the_ties(backend:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_outputs_that_are_not_finite_are_a_fault_and_plain_json(value: float) -> None:
-    score = _Score([1.0])
-    score.add([np.ones((2, 3))], [np.full((2, 3), value)], None)
-    result = score.result("row", 0, runtimes["onnxruntime"], {})
+    row = _Row("row", lambda _: [], 0, Asked(min_agreement=0.999), dict)
+    row.add([np.full((2, 3), value)], [np.ones((2, 3))], None, [Output(name="y", step=1.0, quantization=30.0, spread=1.0, peak=4.0)])
+    result = row.result(0.01)
     assert "its outputs hold NaN or infinity" in result.faults and not result.passed
     assert json.dumps([result.sqnr, result.max_steps], allow_nan=False) == "[-999.0, null]"
 
@@ -284,15 +286,63 @@ def _cannot_open(*_: object) -> Failing:
     raise NotImplementedError("weights of 1e-20")
 
 
-@pytest.mark.parametrize(
-    ("opened", "said"), [(lambda *_: Failing(), "No suitable implementations for convolution"), (_cannot_open, "1e-20")]
-)
-def test_a_runtime_that_raises_is_a_row_and_costs_neither_the_artifact_nor_the_other_rows(
-    opened: Callable[..., Failing], said: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+@dataclass
+class Returning:
+    """A session that returns whatever `make` makes of the batch."""
+
+    make: Callable[[np.ndarray], Any]
+    lost: bool = False
+
+    def run(self, inputs: list[np.ndarray]) -> Any:
+        return self.make(inputs[0])
+
+    def placement(self) -> dict[str, int]:
+        if self.lost:
+            raise OSError("the driver is gone")
+        return {}
+
+
+OTHERS: dict[str, tuple[Callable[[np.ndarray], Any], str]] = {
+    "another shape": (lambda x: [np.zeros((len(x), 7), np.float32)], "another shape for output 'fc'; found: [32, 7]; allowed: [32, 5]"),
+    "two outputs": (lambda x: [np.zeros((len(x), 5), np.float32)] * 2, "another number of outputs; found: 2; allowed: 1"),
+    "no output": (lambda x: [], "another number of outputs; found: 0"),
+    "words": (lambda x: [np.full((len(x), 5), "a")], "other numbers for output 'fc'; found: <U1; allowed: float32"),
+    "whole numbers": (lambda x: [np.zeros((len(x), 5), np.int64)], "found: int64; allowed: float32"),
+    "a list": (lambda x: [[0.0] * 5], "could not be compared"),
+    "nothing": (lambda x: None, "could not"),
+}
+
+
+def add_runtime(monkeypatch: pytest.MonkeyPatch, name: str, opened: Callable[..., Any], **options: Any) -> None:
+    runtime = Runtime(name=name, title="", modules=("json",), packages=(), open=opened, **{"min_agreement": 0} | options)
+    monkeypatch.setitem(runtimes._values, name, runtime)
+
+
+CASES = {
+    "it raises": (lambda *_: Failing(), "No suitable implementations for convolution"),
+    "it cannot be opened": (_cannot_open, "1e-20"),
+    "it cannot say where it ran": (
+        lambda *_: Returning(lambda x: [np.zeros((len(x), 5), np.float32)], lost=True),
+        "the driver is gone",
+    ),
+} | {case: (lambda *_, make=make: Returning(make), said) for case, (make, said) in OTHERS.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_runtime_that_fails_is_a_row_and_costs_neither_the_artifact_nor_the_other_rows(
+    case: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runtime = Runtime(name="broken", title="", modules=("json",), packages=(), min_agreement=0, open=opened)
-    monkeypatch.setitem(runtimes._values, "broken", runtime)
+    opened, said = CASES[case]
+    add_runtime(monkeypatch, "broken", opened)
     report = verify_artifact(Artifact.open(folder), None, ["broken", "onnxruntime:none"])
     *_, row, other = report.results
-    assert not report.passed and row.faults[0].startswith("could not run: ") and said in row.faults[0] and row.samples == 0
+    assert not report.passed and row.faults[0].startswith("could not ") and said in row.faults[0] and row.samples == 0
+    assert row.verdict == FAILED
     assert other.passed and other.samples > 0
+
+
+def test_a_simulation_that_cannot_run_is_a_fault_of_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    literal = runtimes["onnxruntime"]
+    monkeypatch.setitem(runtimes._values, "onnxruntime", replace(literal, open=_cannot_open))
+    report = verify_artifact(Artifact.open(folder), networks.batches("plain", seed=5), "onnxruntime:none")
+    assert not report.passed and any("could not run: NotImplementedError: weights of 1e-20" in fault for fault in report.faults)

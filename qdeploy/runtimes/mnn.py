@@ -122,5 +122,6 @@ runtimes.add(
         packages=("MNN",),
         min_agreement=0.99,
         open=_open,
+        inside=False,
     ),
 )

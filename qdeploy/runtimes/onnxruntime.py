@@ -98,6 +98,7 @@ runtimes.add(
         modules=("onnxruntime",),
         packages=("onnxruntime",),
         min_agreement=0.999,
+        exact=True,
         open=_open,
         variants=("all", "none"),
         any_size=True,

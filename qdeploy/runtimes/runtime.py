@@ -44,8 +44,11 @@ class Runtime:
 
     `modules` is what it imports, `packages` what pip calls the packages that bring them. `open(path, batch, variant)` opens the
     ONNX file for batches of exactly `batch`, in one of the `variants` (ways to run, such as with and without graph
-    optimizations). `min_agreement` is the share of samples whose top-1 must be that of the simulation. `any_size` says whether a
-    session takes any size of what the file leaves open beyond the batch; others get files without such sizes.
+    optimizations). `min_agreement` is the share of samples whose top-1 must be that of the simulation, near-ties left out, and `room`
+    the dB by which its noise may exceed that of quantization. `exact` says that every code is the one of the file, wherever no sum is a
+    tie of rounding. `any_size` says whether a session takes any size of what the file leaves open beyond the batch; others get files
+    without such sizes. `inside` is False where the runtime builds its model from the float file and the scale file, so that no tensor
+    of the file that quantizes can be asked for.
     """
 
     name: str
@@ -57,6 +60,9 @@ class Runtime:
     variants: tuple[str, ...] = ("default",)
     max_batch: int = 64
     any_size: bool = False
+    room: float = 6.0
+    exact: bool = False
+    inside: bool = True
 
     @property
     def install(self) -> str:

@@ -63,6 +63,7 @@ runtimes.add(
         modules=("tvm",),
         packages=("apache-tvm",),
         min_agreement=0.999,
+        exact=True,
         open=_open,
     ),
 )

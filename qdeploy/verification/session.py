@@ -1,0 +1,81 @@
+"""Batches of any size on a session of a runtime, which takes one size."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from qdeploy.core.errors import ArtifactError
+from qdeploy.core.spec import TensorSpec
+from qdeploy.export.artifact import Artifact
+from qdeploy.export.onnx_file import with_sizes
+from qdeploy.runtimes.runtime import Session, runtimes
+
+Array = NDArray[Any]
+
+REFERENCE = "onnxruntime"
+LITERAL = "none"
+"""The variant of the reference runtime that computes node by node what the file says."""
+
+
+class BatchedSession:
+    """Run batches of any size on a session, which takes one size: in pieces, the last one filled up with its last sample.
+
+    Where other sizes are open too, runtimes that take only fixed ones get a copy of the file for the sizes at hand.
+    """
+
+    def __init__(self, artifact: Artifact, path: Path, runtime: str, variant: str):
+        self.path, self.runtime, self.variant = path, runtimes[runtime], variant
+        self.specs = [TensorSpec.from_json(spec) for spec in artifact.inputs]
+        fixed = [spec.shape[0] for spec in self.specs if spec.shape]
+        self.fixed: int | None = fixed[0] if fixed else 1
+        self.session: Session | None = None
+        self.batch = 0
+        self.sizes: dict[str, int] = {}
+
+    def _open(self, inputs: Sequence[Array]) -> Session:
+        """The session that is open, or a new one where the open sizes are others."""
+        pairs = [(spec.names, array.shape) for spec, array in zip(self.specs, inputs, strict=True)]
+        sizes = {name: shape[d] for names, shape in pairs for d, name in names.items() if d}
+        if self.session is not None and (sizes == self.sizes or self.runtime.any_size):
+            return self.session
+        self.batch, self.sizes = self.batch or self.fixed or min(self.runtime.max_batch, len(inputs[0])), sizes
+        if not sizes or self.runtime.any_size:
+            return self.runtime.open(self.path, self.batch, self.variant)
+        with tempfile.TemporaryDirectory() as folder:
+            every = sizes | {spec.names[0]: self.batch for spec in self.specs if 0 in spec.names}
+            copy = Path(folder) / self.path.name
+            for file in self.path.parent.iterdir():  # some runtimes read model.onnx and the scale file, for samples one by one
+                if file.suffix == ".onnx":
+                    fixed = with_sizes(onnx.load(file), every if file == self.path else sizes)
+                    onnx.save(fixed, copy.with_name(file.name))
+                else:
+                    copy.with_name(file.name).symlink_to(file.absolute())
+            return self.runtime.open(copy, self.batch, self.variant)
+
+    def __call__(self, inputs: Sequence[Array]) -> list[Array]:
+        count = len(inputs[0])
+        self.session = self._open(inputs)
+        if count == self.batch:
+            return self.session.run(inputs)
+        pieces = []
+        for start in range(0, count, self.batch):
+            piece = [a[start : start + self.batch] for a in inputs]
+            short = self.batch - len(piece[0])
+            filled = [np.concatenate([a, np.repeat(a[-1:], short, axis=0)]) if short else a for a in piece]
+            made = self.session.run(filled)
+            if any(o.ndim == 0 or len(o) != self.batch for o in made):
+                shapes = [list(o.shape) for o in made]
+                raise ArtifactError("an output has no batch dimension, so that batches cannot be split", found=f"shapes {shapes}")
+            pieces.append([o[: self.batch - short] for o in made])
+        return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
+
+    def placement(self) -> dict[str, int]:
+        assert self.session is not None
+        return dict(self.session.placement())
