@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pty
+import shlex
 import shutil
 import signal
 import statistics
@@ -16,6 +17,7 @@ import textwrap
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ import torch
 from qdeploy.cli.main import main
 from qdeploy.export.manifest import sealed
 from qdeploy.files.model import load_model
+from qdeploy.runtimes.runtime import Session, runtimes
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "samples"
@@ -153,7 +156,7 @@ def test_help_is_fast_and_imports_no_torch() -> None:
     assert done.stdout.endswith("False\n")
 
 
-@pytest.mark.parametrize("command", ["quantize", "verify", "inspect", "backends", "recipes", "runtimes"])
+@pytest.mark.parametrize("command", ["quantize", "verify", "debug", "inspect", "backends", "recipes", "runtimes"])
 def test_help_of_every_command(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     out, err = capfd.readouterr()
@@ -270,12 +273,81 @@ def test_failed_checks_are_exit_status_1(artifact: Path, tmp_path: Path, capfd: 
     (out / "qdeploy.json").write_text(json.dumps(sealed(manifest)))
     assert run("verify", out, "--runtime", "onnxruntime:none") == 1
     shown, err = capfd.readouterr()
-    assert "SQNR" in shown and "is below 20 dB" in " ".join(shown.split()) and err == ""
+    assert "SQNR" in shown and "is below 40 dB" in " ".join(shown.split()) and err == ""
     assert run("verify", out, "--runtime", "onnxruntime:none", "--json", "--data", TEST) == 1
     report = json.loads(capfd.readouterr().out)
     assert report["passed"] is False and report["faults"]
     assert run("verify", out, "--runtime", "onnxruntime:none", "--quiet") == 1
     assert capfd.readouterr() == ("", "")
+
+
+def test_debug_shows_every_tensor_on_the_samples_of_the_artifact_or_others(
+    artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = (artifact / "qdeploy.json").read_bytes()
+    assert run("debug", artifact, "--runtime", "onnxruntime:none") == 0
+    shown, err = capfd.readouterr()
+    lines = shown.splitlines()
+    assert lines[0].split() == ["tensor", "ops", "scheme", "codes", "that", "differ", "largest,", "in", "steps"] and err == ""
+    assert [line.split()[0] for line in lines[1:3]] == ["images", "relu"] and "uint8 asymmetric per-tensor" in lines[1]
+    assert lines[-2] == "64 samples on onnxruntime:none" and lines[-1].startswith("no tensor parts: ")
+    given = ["--data", TEST, "--samples", 20, "--isolate", "--json"]
+    assert run("debug", artifact, "--runtime", "onnxruntime", *given) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert (document["runtime"], document["samples"], document["isolated"], document["first"]) == ("onnxruntime:all", 16, True, None)
+    assert all(set(one) == {"tensor", "op", "scheme", "values", "differ", "largest", "failure"} for one in document["tensors"])
+    assert run("debug", artifact, "--runtime", "onnxruntime", "--quiet") == 0
+    assert capfd.readouterr() == ("", "")
+    assert (artifact / "qdeploy.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--runtime", "onnxruntim"], "did you mean 'onnxruntime'"),
+        (["--runtime", "onnxruntime:al"], "unknown variant of runtime 'onnxruntime'"),
+        (["--runtime", "onnxruntime", "--samples", 0], "--samples is too small; found: 0"),
+        (["--runtime", "onnxruntime", "--data", "nowhere.npz"], "nowhere.npz"),
+        ([], "--runtime"),
+    ],
+)
+def test_debug_says_what_is_wrong_with_its_arguments(
+    given: list[object], message: str, artifact: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("debug", artifact, *given) == 2
+    shown, err = capfd.readouterr()
+    assert shown == "" and message in err and "Traceback" not in err
+
+
+def test_a_runtime_that_fails_is_followed_by_what_to_do_next(
+    artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(artifact, tmp_path / "an out"))
+    real = runtimes["onnxruntime"]
+
+    class Wrong:
+        """A session with other outputs."""
+
+        def __init__(self, session: Session) -> None:
+            self.session = session
+
+        def run(self, inputs: Any) -> Any:
+            return [2 * made for made in self.session.run(inputs)]
+
+        def placement(self) -> dict[str, int]:
+            return {}
+
+    def opened(path: Path, batch: int, variant: str) -> Any:
+        session = real.open(path, batch, variant)
+        return Wrong(session) if variant == "all" else session
+
+    monkeypatch.setitem(runtimes._values, "onnxruntime", replace(real, open=opened))
+    assert run("verify", out, "--runtime", "onnxruntime", "--data", TEST) == 1
+    lines = capfd.readouterr().out.splitlines()
+    command = f"qdeploy debug '{out}' --runtime onnxruntime:all --data {TEST}"
+    assert lines[-2:] == [f"to see which tensor parts first: {command}", "the file is usable on onnxruntime:none"]
+    assert run(*shlex.split(command)[1:]) == 0
+    assert "the first to part: 'images' (input)" in capfd.readouterr().out
 
 
 def test_inspect_gives_a_reason_for_every_tensor(capfd: pytest.CaptureFixture[str]) -> None:

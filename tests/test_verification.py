@@ -23,8 +23,8 @@ from qdeploy.core.errors import ArtifactError, InputError, NotInstalledError, Op
 from qdeploy.export.artifact import Artifact
 from qdeploy.export.manifest import MANIFEST, SCHEMA, render, sealed, sha256
 from qdeploy.runtimes.runtime import Runtime, find_runtime, runtimes
-from qdeploy.verification.verdict import FAILED, Asked, Output
-from qdeploy.verification.verify import INEXACT, _asked, _Row, verify_artifact
+from qdeploy.verification.verdict import FAILED, PASSED, UNDECIDED, Asked, Output
+from qdeploy.verification.verify import INEXACT, Report, Result, _asked, _Row, verify_artifact
 
 SLOW = {("onnxruntime", "tvm"), ("openvino", "tvm"), ("tensorrt", "tvm")}
 """TVM compiles for seconds, and files like theirs for other targets: `tvm` and `snpe` are both ways to place quantizers."""
@@ -346,3 +346,39 @@ def test_a_simulation_that_cannot_run_is_a_fault_of_the_folder(folder: Path, mon
     monkeypatch.setitem(runtimes._values, "onnxruntime", replace(literal, open=_cannot_open))
     report = verify_artifact(Artifact.open(folder), networks.batches("plain", seed=5), "onnxruntime:none")
     assert not report.passed and any("could not run: NotImplementedError: weights of 1e-20" in fault for fault in report.faults)
+
+
+def a_report(*rows: tuple[str, str, tuple[str, ...]], faults: tuple[str, ...] = ()) -> Report:
+    """A report with rows of these names, verdicts and faults."""
+    made = [Result(name=name, samples=64, bytes=1, checked=True, faults=wrong, verdict=verdict) for name, verdict, wrong in rows]
+    return Report(results=(Result(name="simulated", samples=64, bytes=1), *made), faults=faults)
+
+
+def test_the_next_steps_fit_what_failed() -> None:
+    good, odd = ("onnxruntime:none", PASSED, ()), ("qnn_htp", FAILED, ("SQNR 3.0 dB is below 20 dB",))
+    assert a_report(good).next_steps("out") == ()
+    assert a_report(good, odd).next_steps("out", ("--data", "my images")) == (
+        "to see which tensor parts first: qdeploy debug out --runtime qnn_htp --data 'my images'",
+        "the file is usable on onnxruntime:none",
+    )
+    undecided = ("tvm", UNDECIDED, ())
+    assert a_report(good, undecided).passed
+    assert a_report(good, undecided).next_steps("out") == (
+        "to settle tvm: qdeploy verify out --runtime tvm --data PATH, with more samples",
+    )
+    fallen = ("qnn_htp", FAILED, ("3 compute nodes fell back to the CPU",))
+    assert a_report(fallen).next_steps("out") == ("the file passed on no runtime that was tried",)
+    outside = ("ncnn:plain", FAILED, ("SQNR 3.0 dB is below 20 dB",))
+    assert a_report(good, outside).next_steps("out") == ("the file is usable on onnxruntime:none",), "it shows no tensor inside"
+    assert a_report(good, faults=("encoding 'x' names no tensor of model.onnx",)).next_steps("out") == (
+        "the artifact itself is at fault, whatever runs it: quantize the model again",
+    )
+
+
+def test_more_samples_settle_nothing_where_all_agree_and_the_report_says_how_sure_it_is(folder: Path) -> None:
+    report = qdeploy.verify(folder, runtime="onnxruntime:none")
+    row = report.to_json()["results"][-1]
+    assert (row["verdict"], row["near_ties"], row["disagreements"], row["remarks"]) == (PASSED, 0, 0, ())
+    low, high = row["interval"]
+    assert high == 1 and low == pytest.approx(0.005 ** (1 / 32))  # 1 - low agree in no sample of 32 but once in 200
+    assert row["outputs"] == {"fc": 999.0}

@@ -164,6 +164,12 @@ def image_options(mean: str | None, std: str | None, resize: str | None) -> Imag
     return ImageOptions(size=size, mean=_numbers(mean, "--mean", 0.0), std=_numbers(std, "--std", 1.0))
 
 
+def data_options(data: str | None, mean: str | None, std: str | None, resize: str | None) -> list[str]:
+    """The words that name these samples on a command line; none for those of an artifact."""
+    given = {"--data": data, "--mean": mean, "--std": std, "--resize": resize}
+    return [word for option, value in given.items() if data and value for word in (option, value)]
+
+
 def _numbers(text: str | None, option: str, default: float) -> tuple[float, ...]:
     if text is None:
         return (default,)

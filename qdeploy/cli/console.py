@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qdeploy.core.progress import StepProgress
-    from qdeploy.verification.verify import Report
+    from qdeploy.verification.debug import Divergence
+    from qdeploy.verification.verify import Report, Result
 
 
 LINE = "\n" + 17 * " "
@@ -108,8 +109,10 @@ def print_steps(log: Sequence[dict[str, Any]]) -> None:
     RichConsole(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def print_report(report: Report) -> None:
+def print_report(report: Report, out: str, data: Sequence[str]) -> None:
+    """The table of a verification, and what to do next where not all is well; `data` are the options that name the samples."""
     from rich.console import Console as RichConsole
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -125,13 +128,51 @@ def print_report(report: Report) -> None:
             "" if r.max_steps is None else f"{r.max_steps:g}",
             placed,
             f"{r.bytes / 1024:.0f} KiB",
-            "; ".join(r.faults) or ("passed" if r.checked else ""),
+            escape(_check(r)),
         )
     console = RichConsole(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     console.print(f"{report.results[0].samples} samples", style="dim")
     for fault in report.faults:
         console.print(f"fault: {fault}", markup=False)
+    for step in report.next_steps(out, data):
+        console.print(step, markup=False, highlight=False, soft_wrap=True)
+
+
+def _check(row: Result) -> str:
+    """What came of a row, in words."""
+    if row.faults:
+        return "; ".join((*row.faults, *row.remarks))
+    if not row.verdict:
+        return ""
+    return "; ".join(row.remarks if any(remark.startswith(row.verdict) for remark in row.remarks) else (row.verdict, *row.remarks))
+
+
+def print_divergence(found: Divergence) -> None:
+    """The table of a comparison tensor by tensor, and what it says."""
+    from rich.console import Console as RichConsole
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("tensor", "ops", "scheme", "codes that differ", "largest, in steps"):
+        table.add_column(column, justify="right" if column in ("codes that differ", "largest, in steps") else "left", overflow="fold")
+    for one in found.tensors:
+        numbers = (
+            (one.failure, "") if one.failure else (f"{one.differ:.2%}" if one.differ else "", f"{one.largest}" if one.differ else "")
+        )
+        table.add_row(*map(escape, (one.tensor, one.op, one.scheme, *numbers)))
+    console = RichConsole(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    console.print(f"{found.samples} samples on {found.runtime}", style="dim")
+    first = found.first
+    if first is not None:
+        which = "the first to part, given the simulation's inputs" if found.isolated else "the first to part"
+        text = f"{which}: '{first.tensor}' ({first.op}), {first.differ:.2%} of its codes, by up to {first.largest} steps"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    elif not any(one.failure for one in found.tensors):
+        text = "no tensor parts: where verify saw a difference, it comes from ops that the runtime fuses across tensors"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_rows(rows: Sequence[dict[str, Any]], columns: Sequence[str], name: str | None, as_json: bool) -> None:

@@ -35,7 +35,7 @@ from qdeploy.cli.arguments import (
     WeightBits,
     WeightScheme,
 )
-from qdeploy.cli.console import Console, print_report, print_rows, print_steps, silence_torch
+from qdeploy.cli.console import Console, print_divergence, print_report, print_rows, print_steps, silence_torch
 from qdeploy.core.errors import OptionError, QDeployError, one_line
 
 if TYPE_CHECKING:
@@ -124,7 +124,10 @@ def quantize(
         with silence_torch():
             several = api.prepare_all(loaded, arguments.example(loaded, specs, source.example), targets, **options)
         _calibrate(several, source, work.parts, resume, console)
-        done = [_write(one, place, file_format, evaluation, runtime, console) for one, place in zip(several, places, strict=True)]
+        shown = arguments.data_options(verify_data, mean, std, resize)
+        done = [
+            _write(one, place, file_format, evaluation, runtime, shown, console) for one, place in zip(several, places, strict=True)
+        ]
         work.drop_parts()
 
     console.dump(done if len(targets) > 1 else done[0])
@@ -156,9 +159,15 @@ def _calibrate(several: Sequence[Prepared], source: CalibrationSource, folder: P
 
 
 def _write(
-    prepared: Prepared, place: Place, file_format: str | None, evaluation: Data | None, runtime: list[str] | None, console: Console
+    prepared: Prepared,
+    place: Place,
+    file_format: str | None,
+    evaluation: Data | None,
+    runtime: list[str] | None,
+    shown: Sequence[str],
+    console: Console,
 ) -> dict[str, Any]:
-    """Write and verify one target's artifact, and print what came of it."""
+    """Write and verify one target's artifact, and print what came of it; `shown` are the options that name the samples."""
     from qdeploy import api
     from qdeploy.export.manifest import MANIFEST
 
@@ -174,7 +183,7 @@ def _write(
                 report = api.verify(written, arguments.batches(evaluation, prepared), runtime, numbers, prepared, progress)
     command = written.manifest["command"].replace("{out}", str(place.out))
     console.print(lambda: print_steps(prepared.log))
-    console.print(lambda: print_report(report))
+    console.print(lambda: print_report(report, str(place.out), shown))
     console.say(f"\nwritten to {place.out}: {', '.join((*written.manifest['files'], MANIFEST))}")
     for note in written.manifest["notes"]:
         console.say(f"note: {note}")
@@ -223,8 +232,45 @@ def verify(
         numbers = None if samples.labels is None else samples.labels[:used]
         with console.progress("verify", used) as progress:
             report = api.verify(opened, samples.batches(fixed or arguments.BATCH, used), runtime, numbers, progress=progress)
-    console.show(report.to_json(), lambda: print_report(report))
+    shown = arguments.data_options(data, mean, std, resize)
+    console.show(report.to_json(), lambda: print_report(report, str(out), shown))
     _finish(report)
+
+
+@app.command()
+def debug(
+    out: Annotated[Path, typer.Argument(help="the folder of an artifact")],
+    runtime: Annotated[str, typer.Option("--runtime", help="the one to look at, NAME or NAME:VARIANT")],
+    data: DataPath = None,
+    samples: Annotated[int, typer.Option(help="how many samples to compare on, at most")] = 64,
+    isolate: Annotated[bool, typer.Option("--isolate", help="give every op the simulation's own inputs")] = False,
+    mean: Mean = None,
+    std: Std = None,
+    resize: Resize = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show tensor by tensor where a runtime parts from the simulation; on the samples of the artifact, or of --data."""
+    from qdeploy.core.spec import TensorSpec
+    from qdeploy.export.artifact import Artifact
+    from qdeploy.files.data import open_data
+    from qdeploy.verification.debug import divergence
+
+    console = Console(as_json, quiet)
+    opened = Artifact.open(out)
+    opened.check_whole()
+    arguments.check_choices("default", [runtime], 1, 0)
+    if samples < 1:
+        raise OptionError("--samples is too small", found=samples, allowed="1 or more", action="leave it out for 64")
+    if data is None:
+        saved = opened.reference()
+        arrays = [saved[f"input.{spec['name']}"][:samples] for spec in opened.inputs]
+    else:
+        specs = [TensorSpec.from_json(spec) for spec in opened.inputs]
+        given = open_data(data, specs, arguments.image_options(mean, std, resize))
+        arrays = [tensor.numpy() for tensor in next(given.batches(min(samples, len(given))))]
+    found = divergence(opened, runtime, arrays, isolate)
+    console.show({"out": str(out)} | found.to_json(), lambda: print_divergence(found))
 
 
 @app.command()

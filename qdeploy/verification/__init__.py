@@ -1,4 +1,4 @@
 """The proof of an artifact: what was written is run on real runtimes and compared with what was simulated.
 
-Imports: capture, core, export, graph, runtimes, simulation.
+Imports: capture, core, export, graph, numerics, runtimes, simulation.
 """

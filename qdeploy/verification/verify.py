@@ -12,6 +12,7 @@ run of the ONNX file (ONNX Runtime without any optimization), which the saved ou
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -32,11 +33,12 @@ from qdeploy.graph.flow import run
 from qdeploy.runtimes.runtime import Runtime, find_runtime, runtimes
 from qdeploy.simulation.prepared import Prepared
 from qdeploy.verification.session import LITERAL, REFERENCE, BatchedSession
-from qdeploy.verification.verdict import ALARM, FAILED, Asked, Comparison, Output
+from qdeploy.verification.verdict import ALARM, FAILED, PASSED, UNDECIDED, Asked, Comparison, Output
 
 Array = NDArray[Any]
 Outputs = Callable[[Sequence[Array]], list[Array]]
 
+FALLBACK = "nodes fell back to the CPU"
 INEXACT = 0.995
 """Share of samples with the simulation's top-1 that is asked where no choice of scales keeps all sums off the ties of rounding: with
 logarithmic, half-precision and wide codes, and where ops between layers stay in float."""
@@ -73,6 +75,11 @@ class Result:
         """Whether nothing is wrong with the row."""
         return not self.faults
 
+    @property
+    def parted(self) -> bool:
+        """Whether a fault is in the outputs, or there are none: not in where nodes run alone."""
+        return any(FALLBACK not in fault for fault in self.faults)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
@@ -85,6 +92,24 @@ class Report:
     def passed(self) -> bool:
         """Whether the artifact meets all its checks."""
         return not self.faults and all(result.passed for result in self.results)
+
+    def next_steps(self, out: str, data: Sequence[str] = ()) -> tuple[str, ...]:
+        """What to do where something failed or stays open, a line each: commands for the artifact at `out`, with the options `data`."""
+        if self.faults:  # a runtime is compared with the file, which is not what was simulated
+            return ("the artifact itself is at fault, whatever runs it: quantize the model again",)
+        place, options = shlex.quote(out), "".join(f" {shlex.quote(word)}" for word in data)
+        lines = []
+        for row in self.results:
+            name = row.name.partition(":")[0]
+            if row.verdict == UNDECIDED:
+                lines.append(f"to settle {row.name}: qdeploy verify {place} --runtime {row.name} --data PATH, with more samples")
+            elif row.verdict == FAILED and row.parted and name in runtimes and runtimes[name].inside:
+                isolate = "" if row.samples else " --isolate"
+                lines.append(f"to see which tensor parts first: qdeploy debug {place} --runtime {row.name}{options}{isolate}")
+        passed = [row.name for row in self.results if row.verdict == PASSED]
+        if any(row.verdict == FAILED for row in self.results):
+            lines.append(f"the file is usable on {', '.join(passed)}" if passed else "the file passed on no runtime that was tried")
+        return tuple(lines)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for the manifest and `--json`."""
@@ -159,7 +184,7 @@ class _Row:
             return result if compared.finite else replace(result, faults=("its outputs hold NaN or infinity",))
         verdict = compared.judged(self.asked, level)
         others, fallen = compared.disagreements(self.asked.room), placement.get("fallback", 0)
-        faults = (*verdict.faults, *([f"{fallen} compute nodes fell back to the CPU"] if fallen else []))
+        faults = (*verdict.faults, *([f"{fallen} compute {FALLBACK}"] if fallen else []))
         return replace(
             result,
             near_ties=len(compared.margins) - others if compared.ranked else None,
