@@ -151,6 +151,14 @@ def test_less_agreement_is_asked_where_sums_cannot_be_kept_off_the_ties(backend:
     assert _asked(artifact, runtimes["qnn_htp"]).min_agreement == runtimes["qnn_htp"].min_agreement < 0.995
 
 
+@pytest.mark.parametrize(("backend", "exact", "least"), [("snpe", True, 40.0), ("openvino", False, 30.0), ("nnie", False, 24.0)])
+def test_every_code_is_asked_of_an_exact_runtime_where_all_sums_are_whole_numbers(backend: str, exact: bool, least: float) -> None:
+    asked = _asked(networks.artifact("mixed", backend), runtimes["onnxruntime"])
+    known = Output(name="y", step=1.0, quantization=35.0, spread=1.0, peak=4.0)
+    assert (asked.exact, asked.sqnr(known)) == (exact, least)
+    assert not _asked(networks.artifact("mixed", "snpe"), runtimes["openvino"]).exact
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_outputs_that_are_not_finite_are_a_fault_and_plain_json(value: float) -> None:
     row = _Row("row", lambda _: [], 0, Asked(min_agreement=0.999), dict)

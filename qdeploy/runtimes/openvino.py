@@ -77,7 +77,7 @@ runtimes.add(
         modules=("openvino",),
         packages=("openvino",),
         min_agreement=0.995,
-        room=0.0,  # it left 7 dB of room where it left least; docs/runtimes.md
+        room=0.0,  # it left 7 dB of room where it left least; docs/verdicts.md
         open=_open,
         variants=tuple(OPTIONS),
     ),

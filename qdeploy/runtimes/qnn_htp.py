@@ -81,7 +81,7 @@ runtimes.add(
         modules=("onnxruntime_qnn",),
         packages=("onnxruntime-qnn",),
         min_agreement=0.97,
-        room=3.0,  # it took 0.3 dB where it took most; docs/runtimes.md
+        room=3.0,  # it took 0.3 dB where it took most; docs/verdicts.md
         open=_open,
         max_batch=10,
     ),

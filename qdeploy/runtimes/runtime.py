@@ -45,10 +45,10 @@ class Runtime:
     `modules` is what it imports, `packages` what pip calls the packages that bring them. `open(path, batch, variant)` opens the
     ONNX file for batches of exactly `batch`, in one of the `variants` (ways to run, such as with and without graph
     optimizations). `min_agreement` is the share of samples whose top-1 must be that of the simulation, near-ties left out, and `room`
-    the dB by which its noise may exceed that of quantization. `exact` says that every code is the one of the file, wherever no sum is a
-    tie of rounding. `any_size` says whether a session takes any size of what the file leaves open beyond the batch; others get files
-    without such sizes. `inside` is False where the runtime builds its model from the float file and the scale file, so that no tensor
-    of the file that quantizes can be asked for.
+    the dB by which its noise may exceed that of quantization. `exact` says that every code is the one of the file, wherever the sums
+    are whole numbers and none is a tie of rounding. `any_size` says whether a session takes any size of what the file leaves open
+    beyond the batch; others get files without such sizes. `inside` is False where the runtime builds its model from the float file and
+    the scale file, so that no tensor of the file that quantizes can be asked for.
     """
 
     name: str
