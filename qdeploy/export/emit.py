@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnxscript import rewriter
+from onnxscript.rewriter import MatchResult
 from torch import fx
 
 from qdeploy.capture import outputs
@@ -71,7 +74,7 @@ def export(captured: Captured, opset: int) -> ir.Model:
 def _export(captured: Captured, opset: int) -> ir.Model:
     module = _marked(captured.module)
     shapes = tuple(spec.names or None for spec in captured.inputs)
-    with _quiet():
+    with _quiet(), _few_matches(), _no_stack_traces():
         try:
             program = torch.onnx.export(
                 module,
@@ -133,10 +136,12 @@ def qdq_view(exported: ir.Model, prepared: Prepared, encodings: Sequence[Encodin
     for marker in edge_markers.find(model):
         groups.setdefault(edge_markers.text(marker, "tensor"), []).append(marker)
     for tensor, markers in groups.items():
-        readers = planned[tensor].readers if tensor in planned else ()
-        quantized = [m for m in markers if edge_markers.text(m, "reader") in readers]
+        readers = set(planned[tensor].readers) if tensor in planned else set()
+        quantized = []
         for marker in markers:
-            if marker not in quantized:
+            if edge_markers.text(marker, "reader") in readers:
+                quantized.append(marker)
+            else:
                 _bypass(model, marker)
         if quantized:
             # what only passes through is on the grid already, unless it is averaged or padded
@@ -179,7 +184,7 @@ def _bypass(model: ir.Model, marker: ir.Node) -> None:
 def _replace(model: ir.Model, marker: ir.Node, value: ir.Value, tensor: str) -> None:
     """`value` takes the place of a marker. As a graph output it has the output's name, where it is not one already or a parameter."""
     result = marker.outputs[0]
-    for position, output in enumerate(model.graph.outputs):
+    for position, output in enumerate(model.graph.outputs) if result.is_graph_output() else ():
         if output is result:
             name = str(result.name)
             if name != tensor:
@@ -216,6 +221,47 @@ def _confine(value: ir.Value, encoding: Encoding) -> None:
         scale, zero = torch.from_numpy(encoding.scale.copy()), torch.from_numpy(encoding.zero_point.copy())
         confined = arith.fake_quantize(torch.from_numpy(np.array(array)), scale, zero, encoding.spec).numpy()
     value.const_value = ir.tensor(confined, name=value.name)
+
+
+@contextmanager
+def _few_matches() -> Iterator[None]:
+    """Within the block the exporter's rules try only what can match.
+
+    Those that match several nodes at once list all nodes of the graph for every node, whatever its operator: in a deep network most
+    of the export would be these lists.
+    """
+    matchers = [rule._matcher for rule in getattr(rewriter, "_DEFAULT_REWRITE_RULES", ())]
+    several = [matcher for matcher in matchers if not matcher.pattern.has_single_output_node]
+
+    def checked(matcher: Any) -> Callable[..., Any]:
+        wanted, match = matcher.pattern.output_nodes[0].op_identifier(), matcher.match
+
+        def first(model: ir.Model, graph: Any, node: ir.Node, **options: Any) -> Any:
+            possible = wanted is None or node.op_identifier() == wanted
+            return match(model, graph, node, **options) if possible else MatchResult().fail("another operator")
+
+        return first
+
+    for matcher in several:
+        matcher.match = checked(matcher)
+    try:
+        yield
+    finally:
+        for matcher in several:
+            del matcher.match  # its class has one
+
+
+@contextmanager
+def _no_stack_traces() -> Iterator[None]:
+    """Leave out the stack trace of every node, which torch's tracer collects and `edge_markers` drops."""
+    before = getattr(fx.config, "do_not_emit_stack_traces", None)  # not in every release
+    if before is not None:
+        fx.config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        if before is not None:
+            fx.config.do_not_emit_stack_traces = before
 
 
 @contextmanager
