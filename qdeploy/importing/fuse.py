@@ -21,6 +21,8 @@ from torch import Tensor, fx
 from qdeploy.importing.table import OPERATORS
 from qdeploy.importing.weights import attribute, linears, reshaped, slopes, tidy
 
+_DEEPEST = 6
+"""Products inside each other that can be one gate; a chain of products is no gate, and may be as long as the model."""
 Found = tuple[fx.Node, float, str, dict[str, Any]]
 """The tensor that a gate is multiplied with, the number that comes with it, and what the product is, with attributes."""
 
@@ -66,16 +68,18 @@ def _replace(old: fx.Node, name: str, inputs: tuple[Any, ...], attributes: dict[
     return new
 
 
-def _factors(module: fx.GraphModule, value: Any, stop: fx.Node | None = None) -> tuple[float, list[fx.Node]]:
-    """A product as its constant and its factors; `stop` is taken whole."""
+def _factors(module: fx.GraphModule, value: Any, stop: fx.Node | None = None, depth: int = 0) -> tuple[float, list[fx.Node]]:
+    """A product as its constant and its factors; `stop` is taken whole, and so is what stands below `_DEEPEST` products."""
     number = _number(module, value)
     if number is not None:
         return number, []
+    if depth == _DEEPEST:
+        return 1.0, [value]
     if value is not stop and kind(value) == "Mul":
-        (a, left), (b, right) = (_factors(module, v, stop) for v in value.args)
+        (a, left), (b, right) = (_factors(module, v, stop, depth + 1) for v in value.args)
         return a * b, left + right
     if value is not stop and kind(value) == "Div" and _number(module, value.args[1]):
-        a, left = _factors(module, value.args[0], stop)
+        a, left = _factors(module, value.args[0], stop, depth + 1)
         return a / (_number(module, value.args[1]) or 1.0), left
     return 1.0, [value]
 

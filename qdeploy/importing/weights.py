@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -21,6 +22,9 @@ def attribute(module: fx.GraphModule, value: object) -> Tensor | None:
 def linears(module: fx.GraphModule) -> None:
     """Gemm and MatMul with a constant matrix become linear, with the Add of a constant vector as bias."""
     made: dict[tuple[str, bool, float], str] = {}
+    fetched: dict[str, list[fx.Node]] = {}
+    for node in module.graph.find_nodes(op="get_attr"):
+        fetched.setdefault(str(node.target), []).append(node)
     for node in list(module.graph.nodes):
         operator = node.meta.get("onnx")
         if operator not in ("Gemm", "MatMul"):
@@ -32,13 +36,21 @@ def linears(module: fx.GraphModule) -> None:
         if bias is False:
             continue
         straight, factor = bool(node.kwargs.get("transB")), float(node.kwargs.get("alpha", 1.0))
-        path = _linear_weight(module, node, matrix, straight, factor, bias, made)
+        path = _linear_weight(module, node, matrix, straight, factor, bias, made, fetched)
         with node.graph.inserting_before(root):
             inputs = (node.args[0], node.graph.get_attr(path), *([node.graph.get_attr(bias)] if isinstance(bias, str) else []))
             new = node.graph.call_function(OPERATORS["Linear"].run, inputs)
         new.meta = dict(node.meta) | {"onnx": "Linear"}
         root.replace_all_uses_with(new)
-        module.graph.eliminate_dead_code()
+        for constant in new.all_input_nodes[1:]:
+            fetched.setdefault(str(constant.target), []).append(constant)
+        for old in dict.fromkeys((root, node)):
+            read = old.all_input_nodes
+            module.graph.erase_node(old)
+            for constant in read:
+                if constant.op == "get_attr" and not constant.users:
+                    module.graph.erase_node(constant)
+    module.graph.eliminate_dead_code()
 
 
 def _linear_weight(
@@ -49,6 +61,7 @@ def _linear_weight(
     factor: float,
     bias: object,
     made: dict[tuple[str, bool, float], str],
+    fetched: Mapping[str, Sequence[fx.Node]],
 ) -> str:
     """The path of the weight as torch has it: the file's own where it has that layout, else a new one of the best name."""
     given: Any = node.args[1]
@@ -60,8 +73,7 @@ def _linear_weight(
         weight = (matrix if straight else matrix.t().contiguous()) * factor
         named = path.endswith("weight") or not isinstance(bias, str) or not bias.endswith(".bias")
         name = path if named else bias.removesuffix("bias") + "weight"  # type: ignore[attr-defined]
-        alone = [n for n in module.graph.find_nodes(op="get_attr") if n.target == path and any(u is not node for u in n.users)]
-        if not alone and name == path:
+        if name == path and not any(user is not node for other in fetched[path] for user in other.users):
             _drop(module, path)
         made[key] = keep(module, name, weight)
     return made[key]
@@ -110,20 +122,22 @@ def reshaped(module: fx.GraphModule, before: fx.Node, parameter: fx.Node, *sizes
 
 def tidy(module: fx.GraphModule) -> None:
     """Drop constants that nobody reads any more, and give their names to those that were made from them."""
-    nodes = module.graph.find_nodes(op="get_attr")
-    used = {str(node.target) for node in nodes}
-    for path in {name for name, _ in [*module.named_parameters(), *module.named_buffers()]} - used:
+    used: dict[str, list[fx.Node]] = {}
+    for node in module.graph.find_nodes(op="get_attr"):
+        used.setdefault(str(node.target), []).append(node)
+    buffers = {path for path, _ in module.named_buffers()}
+    for path in {name for name, _ in [*module.named_parameters(), *module.named_buffers()]} - used.keys():
         _drop(module, path)
-    for path in sorted(used - module.meta["given"]):
+    for path in sorted(used.keys() - module.meta["given"]):
         wanted = re.sub(r"(_\d+)+$", "", path)
         owner, _, name = wanted.rpartition(".")
         if wanted == path or hasattr(module.get_submodule(owner), name):
             continue
-        made, buffer = attribute_at(module, path), path in dict(module.named_buffers())
+        made, buffer = attribute_at(module, path), path in buffers
         _drop(module, path)
         new = keep(module, wanted, made, buffer)
-        for node in nodes:
-            node.target = new if node.target == path else node.target
+        for node in used[path]:
+            node.target = new
 
 
 def attribute_at(module: fx.GraphModule, path: str) -> Tensor:
