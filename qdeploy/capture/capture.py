@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 from qdeploy.capture import decompose, inputs, outputs, simplify
 from qdeploy.capture.inputs import Batch, Call, Dynamic
 from qdeploy.core.errors import CaptureError, InputError, QDeployError, one_line
-from qdeploy.core.names import GENERATED
+from qdeploy.core.names import GENERATED, Names
 from qdeploy.core.spec import TensorSpec
-from qdeploy.graph import edit, query
+from qdeploy.graph import query
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,10 +277,10 @@ def _name_tensors(module: fx.GraphModule, names: Sequence[str]) -> None:
 
     Inputs have the names `names`, and outputs that have keys are called so.
     """
-    taken = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
+    taken = Names(str(node.target) for node in module.graph.find_nodes(op="get_attr"))
     given = dict(zip(module.graph.find_nodes(op="placeholder"), names, strict=True))
     keys = outputs.keys(module, taken | set(names))
-    taken |= {key for node, key in keys.items() if node.op == "call_function"}
+    taken.update(key for node, key in keys.items() if node.op == "call_function")
     for node in module.graph.nodes:
         if node in keys and node.op == "call_function":
             node.meta["tensor_name"] = keys[node]
@@ -295,7 +295,7 @@ def _name_tensors(module: fx.GraphModule, names: Sequence[str]) -> None:
             name = _path(node)
         else:
             continue
-        node.meta["tensor_name"] = edit.free(name, taken)
+        node.meta["tensor_name"] = taken.free(name)
 
 
 def _path(node: fx.Node) -> str:

@@ -8,7 +8,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from qdeploy.core.errors import CaptureError
-from qdeploy.graph import edit, query
+from qdeploy.core.names import Names
+from qdeploy.graph import query
 
 
 def check(module: fx.GraphModule) -> None:
@@ -34,14 +35,16 @@ def keys(module: fx.GraphModule, taken: Set[str]) -> dict[fx.Node, str]:
     paths = list(_paths(spec)) if spec is not None else [()] * len(leaves)
     returned: list[str | None] = []
     found: dict[fx.Node, str] = {}
+    used: set[str] = set()
     for node, path in zip(leaves, paths, strict=True):
         if not isinstance(node, fx.Node):
             continue
         name = ".".join(path)
-        keyed = any(not part.isdecimal() for part in path) and name not in found.values()
+        keyed = any(not part.isdecimal() for part in path) and name not in used
         returned.append(name + "_output" * (name in taken) if keyed else None)
         if keyed and node not in found:
             found[node] = str(returned[-1])
+            used.add(found[node])
     output.meta["keys"] = returned
     return found
 
@@ -49,13 +52,13 @@ def keys(module: fx.GraphModule, taken: Set[str]) -> dict[fx.Node, str]:
 def names(module: fx.GraphModule) -> list[str]:
     """Names of the model outputs: those of the tensors returned, or new ones for what is returned twice or is an input as well."""
     (output,) = module.graph.find_nodes(op="output")
-    taken = {query.tensor_name(node) for node in module.graph.nodes}
-    found: list[str] = []
+    taken = Names(query.tensor_name(node) for node in module.graph.nodes)
+    found: dict[str, None] = {}
     for node, key in zip(query.outputs(module.graph), output.meta["keys"], strict=True):
         name = query.tensor_name(node)
         alias = name in found or node.op != "call_function"
-        found.append(edit.free(key or f"{name}_output", taken) if alias else name)
-    return found
+        found[taken.free(key or f"{name}_output") if alias else name] = None
+    return list(found)
 
 
 def _paths(spec: pytree.TreeSpec) -> Iterator[tuple[str, ...]]:

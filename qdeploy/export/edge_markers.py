@@ -14,9 +14,9 @@ import onnxscript
 import torch
 from torch import Tensor
 
+from qdeploy.core.names import Names
 from qdeploy.core.version import __version__
 from qdeploy.export.onnx_functions import DOMAIN
-from qdeploy.graph import edit
 
 _IR_VERSION = 10
 _Opset = onnxscript.values.Opset(DOMAIN, 1)
@@ -126,16 +126,16 @@ def _name(model: ir.Model, outputs: Sequence[str]) -> None:
     targets = {id(value): value.name or "" for value in model.graph.inputs}
     made = {id(value): name for value, name in zip(model.graph.outputs, outputs, strict=True)}
     marked = [(text(marker, "tensor"), text(marker, "reader"), marker.inputs[0], marker.outputs[0]) for marker in find(model)]
-    taken = {*targets.values(), *outputs, *(tensor for tensor, _, _, _ in marked)}
+    taken = Names((*targets.values(), *outputs, *(tensor for tensor, _, _, _ in marked)))
     for tensor, reader, raw, result in marked:
         targets.setdefault(id(raw), tensor)
-        targets[id(result)] = made.get(id(result)) or edit.free(f"{tensor}>{reader}", taken)
+        targets[id(result)] = made.get(id(result)) or taken.free(f"{tensor}>{reader}")
     for value in model.graph.outputs:  # what is no float tensor, or returned twice
         targets.setdefault(id(value), made[id(value)])
     every = values(model)
     for value in every:
         if id(value) not in targets and value.name in taken:
-            targets[id(value)] = edit.free(f"{value.name}_unnamed", taken)
+            targets[id(value)] = taken.free(f"{value.name}_unnamed")
     for value in every:
         if id(value) in targets and value.name != targets[id(value)]:
             _rename(model, value, targets[id(value)])
@@ -153,7 +153,7 @@ def _rename(model: ir.Model, value: ir.Value, name: str) -> None:
 def _name_nodes(model: ir.Model) -> None:
     """Name every node after its tensor, where that has a name of ours, or by its op and place."""
     ours = {text(marker, "tensor") for marker in find(model)}
-    taken = set(ours)
+    taken = Names(ours)
     for index, node in enumerate(model.graph):
         made = str(node.outputs[0].name)
-        node.name = made if made in ours else edit.free(f"{node.op_type}_{index}", taken)
+        node.name = made if made in ours else taken.free(f"{node.op_type}_{index}")

@@ -11,7 +11,7 @@ Parameters are stored as codes, in the narrowest ONNX type that holds them, with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
+from qdeploy.core.names import Names
 from qdeploy.core.spec import Encoding, QuantSpec
 from qdeploy.export.onnx_functions import DOMAIN
 from qdeploy.numerics import arith
@@ -49,20 +50,15 @@ class Lowering:
     `literal` is False for a model.onnx that a toolchain reads, which has standard operators only.
     """
 
-    def __init__(self, model: ir.Model, taken: set[str], literal: bool):
+    def __init__(self, model: ir.Model, taken: Iterable[str], literal: bool):
         self.model = model
-        self.taken = taken
+        self.taken = Names(taken)
         self.literal = literal
         self.functions: set[str] = set()
 
     def fresh(self, name: str) -> str:
         """`name`, with a number where it is taken; from now on it is."""
-        free, count = name, 0
-        while free in self.taken:
-            count += 1
-            free = f"{name}_{count}"
-        self.taken.add(free)
-        return free
+        return self.taken.free(name)
 
     def activation(self, raw: ir.Value, encoding: Encoding, on_grid: bool, average: Average | None) -> list[ir.Node]:
         """The nodes from a float value to its dequantized one, which is the output of the last.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy as copying
 import warnings
+from itertools import accumulate
 
 from torch import Tensor, fx, nn
 
+from qdeploy.core.names import free_attribute
 from qdeploy.graph.query import parameter
 
 
@@ -50,18 +52,23 @@ def finish(module: fx.GraphModule) -> None:
     """After a pass: drop what nobody reads, and renew the code."""
     module.graph.eliminate_dead_code()
     module.graph.lint()
-    module.delete_all_unused_submodules()
+    _drop_unused_submodules(module)
     module.recompile()
 
 
-def free(name: str, taken: set[str]) -> str:
-    """`name`, with a number where it is taken; from now on it is."""
-    unique, count = name, 0
-    while unique in taken:
-        count += 1
-        unique = f"{name}_{count}"
-    taken.add(unique)
-    return unique
+def _drop_unused_submodules(module: fx.GraphModule) -> None:
+    """What `delete_all_unused_submodules` does, which looks every module up in a list of all that are used."""
+    used, called = set[str](), set[str]()
+    for node in module.graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            path = str(node.target)
+            used.update(accumulate(path.split("."), "{}.{}".format))
+            if node.op == "call_module":
+                called.add(path)
+    unused = [path for path, _ in module.named_modules() if path and path not in used]
+    for path in unused:
+        if not any(above in called for above in accumulate(path.split("."), "{}.{}".format)):  # else a part of what is called
+            module.delete_submodule(path)
 
 
 def copy(module: fx.GraphModule, own_parameters: bool = False) -> fx.GraphModule:
@@ -84,8 +91,4 @@ def free_path(module: fx.GraphModule, path: str) -> str:
         holder = module.get_submodule(owner)
     except AttributeError:
         return path
-    free, count = name, 0
-    while hasattr(holder, free):
-        count += 1
-        free = f"{name}_{count}"
-    return f"{owner}.{free}".lstrip(".")
+    return f"{owner}.{free_attribute(holder, name)}".lstrip(".")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qdeploy.core.errors import InputError, QDeployError
-from qdeploy.core.names import reserved
+from qdeploy.core.names import free_attribute, reserved
 from qdeploy.importing.elementwise import torch_dtype
 from qdeploy.importing.read import where
 from qdeploy.importing.table import OPERATORS, Operator
@@ -248,10 +248,7 @@ def keep(root: nn.Module, name: str, value: Tensor, buffer: bool = False) -> str
         if part not in owner._modules:
             owner.add_module(part, nn.Module())
         owner = owner.get_submodule(part)
-    last, count = parts[-1], 0
-    while hasattr(owner, last) or last in _TAKEN:
-        count += 1
-        last = f"{parts[-1]}_{count}"
+    last = free_attribute(owner, parts[-1], _TAKEN)
     if buffer or not value.is_floating_point():
         owner.register_buffer(last, value)
     else:
