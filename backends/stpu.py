@@ -32,12 +32,13 @@ _RELU = ("Relu", "Clip")
 def write_ranges(emitted: Emitted) -> Mapping[str, str]:
     """Ranges of activations and weights, steps of biases."""
     table: dict[str, dict[str, float]] = {}
+    layers = _layers(emitted)
     for encoding in emitted.encodings:
         if encoding.role == "weight":
-            table |= {f"{name}_weights": _range(encoding) for name in _layers(encoding.tensor, emitted)}
+            table |= {f"{name}_weights": _range(encoding) for name in layers.get(encoding.tensor, ())}
         elif encoding.role == "bias":
             step = {"alpha": _short(encoding.scale[0]), "zero_point": 0}
-            table |= {f"{name}_bias": step for name in _layers(encoding.tensor, emitted)}
+            table |= {f"{name}_bias": step for name in layers.get(encoding.tensor, ())}
         else:
             table[encoding.tensor] = _range(encoding)
     heads = {node.outputs[0]: node for node in emitted.nodes}
@@ -52,10 +53,15 @@ def write_ranges(emitted: Emitted) -> Mapping[str, str]:
     return {RANGES: json.dumps(table, indent=4) + "\n"}
 
 
-def _layers(parameter: str, emitted: Emitted) -> list[str]:
-    """The names of the nodes that read a parameter, as it is or transposed."""
-    turned = {node.outputs[0] for node in emitted.nodes if node.op == "Transpose" and node.inputs[0] == parameter}
-    return [node.name for node in emitted.nodes if node.op != "Transpose" and turned.union([parameter]).intersection(node.inputs)]
+def _layers(emitted: Emitted) -> dict[str, list[str]]:
+    """The names of the nodes that read a tensor, as it is or transposed, by tensor."""
+    turned = {node.outputs[0]: node.inputs[0] for node in emitted.nodes if node.op == "Transpose"}
+    readers: dict[str, list[str]] = {}
+    for node in emitted.nodes:
+        if node.op != "Transpose":
+            for name in {*node.inputs, *(turned[name] for name in node.inputs if name in turned)}:
+                readers.setdefault(name, []).append(node.name)
+    return readers
 
 
 def _emin(node: Node, table: Mapping[str, Mapping[str, float]], emitted: Emitted) -> int | None:

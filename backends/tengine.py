@@ -23,8 +23,8 @@ _RELU = ("Relu", "Clip")
 def write_scales(emitted: Emitted) -> Mapping[str, str]:
     """A line for each quantized activation, and for each Conv that has its numbers from the relu after it."""
     encoded = {e.tensor for e in emitted.encodings}
-    convolutions = {node.outputs[0] for node in emitted.nodes if node.op == "Conv"}
-    fused = {node.outputs[0]: node.inputs[0] for node in emitted.nodes if node.op in _RELU and node.inputs[0] in convolutions - encoded}
+    convolutions = {node.outputs[0] for node in emitted.nodes if node.op == "Conv"} - encoded
+    fused = {node.outputs[0]: node.inputs[0] for node in emitted.nodes if node.op in _RELU and node.inputs[0] in convolutions}
     lines: list[str] = []
     for encoding in emitted.encodings:
         if encoding.role == "activation":

@@ -175,7 +175,7 @@ def npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
 
 def missing_names(encodings: Sequence[Encoding], planned: Sequence[str], names: set[str]) -> list[str]:
     """What is wrong between the plan, the encodings and the tensors of model.onnx, one sentence each; empty when all is well."""
-    encoded = [encoding.tensor for encoding in encodings]
-    faults = [f"planned tensor '{name}' has no encoding" for name in planned if name not in set(encoded)]
+    encoded = {encoding.tensor: None for encoding in encodings}
+    faults = [f"planned tensor '{name}' has no encoding" for name in planned if name not in encoded]
     faults += [f"encoding '{name}' names no tensor of {MODEL}" for name in encoded if name not in names]
     return faults

@@ -169,9 +169,10 @@ class Flow:
             return
         enters, order, leaves = self._needed(nodes)
         last = {source: node for node in order for source in node.all_input_nodes}
+        leaving = set(leaves)
         done: dict[fx.Node, list[fx.Node]] = {}
         for source, node in last.items():
-            if source not in leaves:
+            if source not in leaving:
                 done.setdefault(node, []).append(source)
         stores: list[Tensor] = []
         with torch.no_grad():

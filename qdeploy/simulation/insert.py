@@ -169,8 +169,8 @@ def _scales(planned: TensorPlan, serving: Mapping[str, Quantizer]) -> tuple[Quan
 
 def observed_tensors(plan: Plan) -> dict[str, tuple[str, ...]]:
     """The tensors to observe, for every group of activations: those where its values arise."""
-    groups: dict[str, tuple[str, ...]] = {}
+    groups: dict[str, list[str]] = {}
     for planned in plan.quantized:
         if planned.role == "activation" and planned.observe:
-            groups[planned.group] = (*groups.get(planned.group, ()), planned.tensor)
-    return groups
+            groups.setdefault(planned.group, []).append(planned.tensor)
+    return {group: tuple(tensors) for group, tensors in groups.items()}
