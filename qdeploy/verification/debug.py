@@ -143,7 +143,7 @@ def _pieces(artifact: Artifact, arrays: Sequence[Array], runtime: Runtime) -> li
 
 def _sized(artifact: Artifact, inputs: Sequence[Array]) -> onnx.ModelProto:
     """The file that quantizes, for the sizes of `inputs` where more than the batch is open."""
-    model = onnx.load(artifact.simulation)
+    model = artifact.load(artifact.simulation)
     specs = [TensorSpec.from_json(spec) for spec in artifact.inputs]
     sizes = {name: a.shape[d] for spec, a in zip(specs, inputs, strict=True) for d, name in spec.names.items()}
     beyond = any(d for spec in specs for d in spec.names)
