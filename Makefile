@@ -2,6 +2,7 @@
 # make test    format, lint, types and the fast tests, in under 6 minutes on two cores
 # make check   format, lint and types only
 # make test-all  the slow tests as well
+# make fuzz    5000 damaged files for the command line; SEED=1 for others
 # make test-versions  the sample and the fast tests with the oldest and the newest releases that pyproject.toml allows
 # make coverage  the fast tests, with the lines of qdeploy/, backends/ and calibration/ that they miss
 # Each target makes its own virtual environment first; Python 3.11 or newer is all that must be there.
@@ -10,10 +11,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out
+SEED ?= 0
 # two test processes with one thread each use two cores better than two threads in one
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10
 
-.PHONY: demo test test-all test-versions coverage check format clean
+.PHONY: demo test test-all fuzz test-versions coverage check format clean
 
 demo: $(VENV)/all.stamp
 	$(BIN)/qdeploy quantize samples/digits.pt2 --backend snpe --data samples/digits_calibration.npz \
@@ -24,6 +26,9 @@ test: check
 
 test-all: check
 	$(PYTEST)
+
+fuzz: $(VENV)/dev.stamp
+	$(BIN)/python tools/fuzz.py --cases 5000 --jobs 2 --seed $(SEED)
 
 coverage: $(VENV)/dev.stamp
 	$(PYTEST) -m "not slow" --cov --cov-report=term-missing:skip-covered

@@ -344,6 +344,11 @@ def test_data_beside_the_file_is_read_and_no_other(tmp_path: Path):
         path.write_bytes(bad.SerializeToString())
         with pytest.raises(InputError, match="a file outside of its folder"):
             load_model(path)
+    entry.value = "m.data"
+    path.write_bytes(bad.SerializeToString())
+    (path.parent / "m.data").symlink_to(tmp_path / "m.data")
+    with pytest.raises(InputError, match=r"a file outside of its folder; found: 'm\.data', a link to"):
+        load_model(path)
 
 
 def test_functions_of_the_file_are_inlined(tmp_path: Path):

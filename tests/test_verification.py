@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -390,3 +391,12 @@ def test_more_samples_settle_nothing_where_all_agree_and_the_report_says_how_sur
     low, high = row["interval"]
     assert high == 1 and low == pytest.approx(0.005 ** (1 / 32))  # 1 - low agree in no sample of 32 but once in 200
     assert row["outputs"] == {"fc": 999.0}
+
+
+def test_an_artifact_that_cannot_be_written_is_verified_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Artifact, "record", refuse)
+    report = verify_artifact(Artifact.open(folder), runtime="onnxruntime:none")
+    assert report.passed and "cannot be written: Read-only file system" in report.unrecorded

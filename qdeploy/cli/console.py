@@ -135,6 +135,8 @@ def print_report(report: Report, out: str, data: Sequence[str]) -> None:
     console.print(f"{report.results[0].samples} samples", style="dim")
     for fault in report.faults:
         console.print(f"fault: {fault}", markup=False)
+    if report.unrecorded:
+        console.print(f"note: this result is not kept in the artifact, for {report.unrecorded}", markup=False)
     for step in report.next_steps(out, data):
         console.print(step, markup=False, highlight=False, soft_wrap=True)
 

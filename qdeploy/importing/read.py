@@ -101,6 +101,10 @@ def _check_external(path: Path, model: ir.Model) -> None:
             raise InputError(
                 f"'{path}' names a file outside of its folder", found=found, action="export it again, with its data beside it"
             )
+        target = (path.parent / location).resolve()
+        if not target.is_relative_to(path.parent.resolve()):
+            found = f"'{location}', a link to '{target}', for tensor '{tensor.name}'"
+            raise InputError(f"'{path}' names a file outside of its folder", found=found, action="put the data itself beside it")
         if not (path.parent / location).is_file():
             found = f"no '{location}', which holds the tensor '{tensor.name}'"
             raise InputError(f"'{path}' keeps tensors in a file that is missing", found=found, action="put it beside the ONNX file")

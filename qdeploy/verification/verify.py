@@ -12,6 +12,7 @@ run of the ONNX file (ONNX Runtime without any optimization), which the saved ou
 
 from __future__ import annotations
 
+import errno
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -87,6 +88,8 @@ class Report:
 
     results: tuple[Result, ...]
     faults: tuple[str, ...]
+    unrecorded: str = ""
+    """Why the manifest has not got this report; empty where it has."""
 
     @property
     def passed(self) -> bool:
@@ -223,7 +226,12 @@ def verify_artifact(
     for row in literal:
         faults += [f"{artifact.simulation.name} does not compute the saved simulation: {fault}" for fault in row.result(level).faults]
     report = Report(results=tuple(row.result(level) for row in (*references, *rows)), faults=tuple(faults))
-    artifact.record("verify", report.to_json())
+    try:
+        artifact.record("verify", report.to_json())
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        return replace(report, unrecorded=f"'{artifact.path}' cannot be written: {error.strerror}")
     return report
 
 
