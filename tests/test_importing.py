@@ -418,9 +418,8 @@ def test_names_that_generated_source_has_for_itself_are_names_like_others(name: 
 
 
 ODD = {
-    "a size of -1": ({"size": -1}, "input 'x' has a size that no tensor has; found: [-1, 1, 4, 4]"),
-    "a batch of -5": ({"size": -5}, "a size that no tensor has"),
-    "no samples": ({"size": 0}, "a size that no tensor has"),
+    "a size of -1": ({"size": -1}, "input 'x' has a size that no sample has; found: [-1, 1, 4, 4]"),
+    "a batch of -5": ({"size": -5}, "a size that no sample has"),
     "a huge size": ({"size": 2**40}, "input 'x' is too large"),
     "a huge batch": ({"size": 10**9}, "input 'x' is too large"),
     "a missing output": ({"output": "z"}, "returns 'z'; found: a tensor that nothing makes"),
@@ -437,3 +436,24 @@ def test_what_no_exporter_writes_is_refused_in_one_message(kind: str, tmp_path: 
     onnx.save(_tiny(**given), tmp_path / "m.onnx")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=re.escape(words)):
         load_model(tmp_path / "m.onnx")
+
+
+def test_a_batch_of_no_samples_is_refused_on_the_command_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnx.save(_tiny(size=0), tmp_path / "m.onnx")
+    np.save(tmp_path / "x.npy", np.ones((4, 1, 4, 4), np.float32))
+    given = [
+        "quantize",
+        str(tmp_path / "m.onnx"),
+        "--backend",
+        "snpe",
+        "--data",
+        str(tmp_path / "x.npy"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    monkeypatch.setattr("sys.argv", ["qdeploy", *given])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "has a size that no sample has; found: [0, 1, 4, 4]; allowed: 1 or more" in capfd.readouterr().err

@@ -79,13 +79,12 @@ def checked(batch: Batch, specs: Sequence[TensorSpec], what: str = "a batch") ->
     return tensors
 
 
-def check_sizes(what: str, sizes: Sequence[int | None]) -> None:
-    """`InputError` for an input, `what`, of which no sample can be made: with a size below 1, or of more numbers than `LARGEST`."""
+def check_sizes(what: str, sizes: Sequence[int | None], least: int = 1) -> None:
+    """`InputError` for an input, `what`, of which no sample can be made: with a size below `least`, or of too many numbers."""
     known = [size for size in sizes if size is not None]
-    if any(size < 1 for size in known):
-        raise InputError(
-            f"{what} has a size that no tensor has", found=show_shape(sizes), allowed="1 or more", action="export it again"
-        )
+    if any(size < least for size in known):
+        found, allowed = show_shape(sizes), f"{least} or more"
+        raise InputError(f"{what} has a size that no sample has", found=found, allowed=allowed, action="export it again")
     if math.prod(known) > LARGEST:
         found, allowed = f"{show_shape(sizes)}, {math.prod(known):.1e} numbers", f"up to {LARGEST:.1e}"
         raise InputError(f"{what} is too large", found=found, allowed=allowed, action="export it again, with an open batch")

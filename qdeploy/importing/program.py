@@ -49,7 +49,7 @@ def _shape(path: Path, value: ir.Value) -> list[int | None]:
             f"'{path}': input '{value.name}' must be a tensor with known dimensions", found=found, action="export it again"
         )
     sizes = [size if isinstance(size, int) else None for size in value.shape]
-    check_sizes(f"'{path}': input '{value.name}'", sizes)
+    check_sizes(f"'{path}': input '{value.name}'", sizes, least=0)
     return sizes
 
 
