@@ -117,7 +117,11 @@ class Artifact:
         """The saved samples: `input.<name>`, `float.<output>`, `simulated.<output>`."""
         try:
             with np.load(self.path / REFERENCE, allow_pickle=False) as file:
-                return dict(file)
+                arrays = dict(file)
+            odd = [name for name, array in arrays.items() if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub"]
+            if odd:
+                raise ValueError(f"'{odd[0]}' holds no numbers")
+            return arrays
         except Exception as error:  # NumPy raises many kinds for damaged files
             what = f"'{self.path / REFERENCE}' cannot be read"
             raise ArtifactError(what, found=one_line(error), action="quantize the model again") from error

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import fx
 
-from qdeploy.capture.inputs import Batch, checked
+from qdeploy.capture.inputs import Batch, check_batch, checked
 from qdeploy.core.errors import ArtifactError, InputError, QDeployError, one_line
 from qdeploy.core.progress import SampleProgress, no_progress
 from qdeploy.core.spec import TensorSpec
@@ -293,6 +293,8 @@ def _saved(artifact: Artifact) -> _Saved:
     missing = [name for name in wanted if name not in arrays or (name.startswith("input.") and not arrays[name].ndim)]
     if missing:
         raise ArtifactError(f"the saved samples have no '{missing[0]}'", action="quantize the model again")
+    specs = [TensorSpec.from_json(spec) for spec in artifact.inputs]
+    check_batch([torch.from_numpy(arrays[f"input.{spec.name}"]) for spec in specs], specs, "the artifact's saved samples")
     return _Saved(
         inputs=[arrays[f"input.{spec['name']}"] for spec in artifact.inputs],
         float_outputs=[arrays[f"float.{name}"] for name in artifact.outputs],
