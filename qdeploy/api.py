@@ -376,5 +376,5 @@ def _reference(prepared: Prepared) -> artifact.Arrays:
     names = outputs.names(prepared.captured.module)
     size = prepared.batch_size
     for label, module in (("float", prepared.captured.module), ("simulated", prepared.module)):
-        arrays |= {f"{label}.{name}": t.numpy() for name, t in zip(names, run(module, inputs, size), strict=True)}
+        arrays |= {f"{label}.{name}": t.detach().numpy() for name, t in zip(names, run(module, inputs, size), strict=True)}
     return arrays

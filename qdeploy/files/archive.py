@@ -55,10 +55,11 @@ class Archive:
     def __init__(self, path: Path):
         with path.open("rb") as file:
             try:
-                self._data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                self._data = memoryview(_mapped(file.fileno()))
             except ValueError as error:  # of an empty file
                 raise BadArchive("it is empty") from error
         self._members = _members(self._data)
+        self._tested: set[str] = set()
 
     def names(self) -> list[str]:
         """The names of all members, in the order of their data."""
@@ -73,8 +74,20 @@ class Archive:
         return self._data[member.start : member.start + member.size]
 
     def checksum(self, name: str) -> int:
-        """The CRC-32 of a member as the directory has it; who reads the data finds whether they are damaged."""
-        return self._members[name].crc
+        """The CRC-32 of a member; `BadArchive` where its data do not have the one that the directory says."""
+        wanted = self._members[name].crc
+        if name not in self._tested and zlib.crc32(self[name]) != wanted:
+            raise BadArchive(f"it has a wrong checksum of its part '{name}'")
+        self._tested.add(name)
+        return wanted
+
+
+def _mapped(file: int) -> mmap.mmap:
+    """The file as read-only memory; where the system can, its pages come in at once, since all of it is read."""
+    populate = getattr(mmap, "MAP_POPULATE", None)
+    if populate is None:
+        return mmap.mmap(file, 0, access=mmap.ACCESS_READ)
+    return mmap.mmap(file, 0, flags=mmap.MAP_SHARED | populate, prot=mmap.PROT_READ)
 
 
 def _members(data: memoryview) -> dict[str, _Member]:

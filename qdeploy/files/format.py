@@ -114,25 +114,21 @@ def kind_of_head(head: bytes) -> str:
     return "text" if _is_text(head) else "unknown"
 
 
-def open_zip(path: Path, role: str) -> zipfile.ZipFile:
-    """The zip archive at `path`, with its directory read and every member's checksum tested."""
-    try:
-        archive = zipfile.ZipFile(path)
-        bad = archive.testzip()
-    except Exception as error:  # zipfile raises many kinds for damaged archives
-        reason = one_line(error)
-        raise InputError(
-            f"cannot read the {role} '{path}'", found=f"a truncated or damaged zip archive ({reason})", action=COPY_AGAIN
-        ) from error
-    if bad is not None:
-        archive.close()
-        raise InputError(f"cannot read the {role} '{path}'", found=f"a wrong checksum of its part '{bad}'", action=COPY_AGAIN)
-    return archive
-
-
 def _zip_kind(path: Path, role: str) -> str:
-    with open_zip(path, role) as archive:
-        names = archive.namelist()
+    """The kind of a zip archive, by its names. Its checksums are tested; those of a program are when its parts are read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            kind = _kind_of_names(archive.namelist())
+            bad = None if kind == "pt2" else archive.testzip()
+    except Exception as error:  # zipfile raises many kinds for damaged archives
+        found = f"a truncated or damaged zip archive ({one_line(error)})"
+        raise InputError(f"cannot read the {role} '{path}'", found=found, action=COPY_AGAIN) from error
+    if bad is not None:
+        raise InputError(f"cannot read the {role} '{path}'", found=f"a wrong checksum of its part '{bad}'", action=COPY_AGAIN)
+    return kind
+
+
+def _kind_of_names(names: list[str]) -> str:
     inner = {name.partition("/")[2] for name in names}  # torch puts everything under one folder
     if any(name.startswith("data/aotinductor/") for name in inner):
         return "aotinductor"

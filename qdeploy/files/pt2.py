@@ -64,6 +64,7 @@ def _fresh(archive: Archive) -> Fresh:
     parts: dict[str, bytes | memoryview] = {}
     used = {_SAMPLES}
     for inner, name in names.items():
+        archive.checksum(name)
         if inner in _FACTS or inner in _NUMBERS:
             parts[name] = _fact(inner, bytes(archive[name][:_LONGEST_FACT]))
         elif inner == _MODEL:

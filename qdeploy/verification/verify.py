@@ -339,7 +339,7 @@ def _references(
 
 def _torch(module: fx.GraphModule, inputs: Sequence[Array]) -> list[Array]:
     tensors = [torch.from_numpy(array) for array in inputs]
-    return [made.numpy() for made in run(module, tensors, len(tensors[0]))]
+    return [made.detach().numpy() for made in run(module, tensors, len(tensors[0]))]
 
 
 def _arrays(batches: Iterable[Batch], artifact: Artifact) -> Iterator[list[Array]]:
