@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import networks
 import pytest
@@ -14,6 +16,7 @@ import torch
 
 # a shell starts what it puts in the background with interrupts ignored, and what is ignored here is ignored in our children
 signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,6 +24,17 @@ def shared_artifacts(tmp_path_factory: pytest.TempPathFactory) -> None:
     base = tmp_path_factory.getbasetemp()
     networks.FOLDER = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "artifacts"
     networks.FOLDER.mkdir(exist_ok=True)
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole files that tools/fuzz.py damages, in a process that is warm after it has made them."""
+    import fuzz
+
+    folder, before = tmp_path_factory.mktemp("samples"), sys.argv
+    fuzz.make_samples(folder)
+    sys.argv = before
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

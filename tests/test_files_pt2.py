@@ -238,8 +238,7 @@ def test_an_archive_with_a_changed_byte_is_refused_or_has_the_same_members(data:
                 assert sorted(names) == sorted(other.namelist())
                 assert all(archive[name] == other.read(name) for name in names)
         except zipfile.BadZipFile:  # the data of a member were changed
-            with pytest.raises(BadArchive, match="wrong checksum"):
-                [archive.checksum(name) for name in names]
+            assert archive.damaged()
 
 
 @given(st.dictionaries(st.from_regex(r"[a-z]{1,8}(/[a-z0-9_]{1,8})?", fullmatch=True), st.binary(max_size=300), max_size=6))

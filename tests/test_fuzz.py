@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+import fuzz
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import fuzz
-
 EACH = 10
-
-
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fuzz")
-    before = sys.argv
-    fuzz.make_samples(folder)
-    sys.argv = before
-    return folder
 
 
 @pytest.mark.parametrize("first", range(0, 200, EACH))

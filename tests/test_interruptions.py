@@ -11,21 +11,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import fuzz
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import fuzz
-
 Contents = dict[str, bytes]
-
-
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("samples")
-    before = sys.argv
-    fuzz.make_samples(folder)
-    sys.argv = before
-    return folder
 
 
 HEARD: dict[int, int] = {}

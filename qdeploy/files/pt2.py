@@ -12,6 +12,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 
 from qdeploy.core.errors import InputError, one_line
 from qdeploy.files.archive import Archive, BadArchive, Fresh
+from qdeploy.files.format import COPY_AGAIN
 from qdeploy.files.program_check import BadProgram, checked_payloads, checked_program
 
 _MODEL, _SAMPLES = "models/model.json", "data/sample_inputs/model.pt"
@@ -44,8 +46,15 @@ def load_program(path: Path, *, trusted: bool) -> torch.export.ExportedProgram:
             return _load(file, path, "the torch that it was exported with")
     try:
         archive = Archive(path)
-        with _fresh(archive) as fresh:
-            return _load(fresh, path, _torch_version(archive))
+        with ThreadPoolExecutor(1) as beside:
+            damaged = beside.submit(archive.damaged)  # it reads all data once, while torch reads them, and no data are run
+            try:
+                with _fresh(archive) as fresh:
+                    return _load(fresh, path, _torch_version(archive))
+            finally:
+                if damaged.result():
+                    found = f"a wrong checksum of its part '{damaged.result()}'"
+                    raise InputError(f"cannot read the model '{path}'", found=found, action=COPY_AGAIN)
     except (BadArchive, BadProgram) as error:
         raise InputError(
             f"'{path}' holds more than a graph and tensors, or not as torch writes them, and loading it could run code from the file",
@@ -64,7 +73,6 @@ def _fresh(archive: Archive) -> Fresh:
     parts: dict[str, bytes | memoryview] = {}
     used = {_SAMPLES}
     for inner, name in names.items():
-        archive.checksum(name)
         if inner in _FACTS or inner in _NUMBERS:
             parts[name] = _fact(inner, bytes(archive[name][:_LONGEST_FACT]))
         elif inner == _MODEL:
