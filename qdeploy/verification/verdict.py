@@ -221,7 +221,8 @@ class Comparison:
         if not self.finite:
             return -999.0
         signal, noise = sum(self.energies[output].signal), sum(self.energies[output].noise)
-        return 999.0 if noise == 0 else max(-999.0, min(10 * math.log10(max(signal, 1e-300) / noise), 999.0))
+        ratio = math.inf if noise == 0 else max(signal, 1e-300) / noise
+        return max(-999.0, min(10 * math.log10(ratio), 999.0)) if ratio > 0 else -999.0  # noise beyond all numbers
 
     def interval(self, room: float, level: float) -> tuple[float, float] | None:
         """The share of samples that agree or are near-ties: its bounds, each of which errs with the chance `level`."""
