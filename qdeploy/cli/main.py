@@ -212,7 +212,6 @@ def verify(
 ) -> None:
     """Run a written artifact on real runtimes and compare with what was simulated."""
     from qdeploy import api
-    from qdeploy.core.spec import TensorSpec
     from qdeploy.export.artifact import Artifact
     from qdeploy.files.data import open_data
 
@@ -225,7 +224,7 @@ def verify(
             raise OptionError("--labels go with --data", action="name the samples that the labels belong to")
         report = api.verify(opened, runtime=runtime)
     else:
-        specs = [TensorSpec.from_json(spec) for spec in opened.inputs]
+        specs = opened.specs
         samples = open_data(data, specs, arguments.image_options(mean, std, resize), labels)
         fixed = specs[0].shape[0]
         used = arguments.in_whole_batches(len(samples), fixed)
@@ -251,7 +250,6 @@ def debug(
     quiet: Quiet = False,
 ) -> None:
     """Show tensor by tensor where a runtime parts from the simulation; on the samples of the artifact, or of --data."""
-    from qdeploy.core.spec import TensorSpec
     from qdeploy.export.artifact import Artifact
     from qdeploy.files.data import open_data
     from qdeploy.verification.debug import divergence
@@ -266,7 +264,7 @@ def debug(
         saved = opened.reference()
         arrays = [saved[f"input.{spec['name']}"][:samples] for spec in opened.inputs]
     else:
-        specs = [TensorSpec.from_json(spec) for spec in opened.inputs]
+        specs = opened.specs
         given = open_data(data, specs, arguments.image_options(mean, std, resize))
         arrays = [tensor.numpy() for tensor in next(given.batches(min(samples, len(given))))]
     found = divergence(opened, runtime, arrays, isolate)

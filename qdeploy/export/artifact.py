@@ -73,7 +73,7 @@ class Artifact:
 
     def _wrong(self) -> list[str]:
         """The fields that are not of the form that they are written in. Raises all kinds for what has no form at all."""
-        specs = [TensorSpec.from_json(spec) for spec in self.inputs]
+        specs = self.specs
         lists = [key for key in ("inputs", "outputs", "planned", "runtimes", "encodings") if not isinstance(self.manifest[key], list)]
         texts = [*(spec.name for spec in specs), *self.outputs, *self.manifest["planned"], *self.manifest["runtimes"]]
         sizes = [size for spec in specs for size in spec.shape]
@@ -107,6 +107,11 @@ class Artifact:
     def inputs(self) -> list[dict[str, Any]]:
         """Name, shape (None for a dimension that may vary) and dtype of every model input."""
         return list(self.manifest["inputs"])
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """The model inputs as specs."""
+        return [TensorSpec.from_json(spec) for spec in self.inputs]
 
     @property
     def outputs(self) -> list[str]:

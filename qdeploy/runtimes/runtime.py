@@ -69,6 +69,10 @@ class Runtime:
         """The pip command: of its packages, not of an extra of qdeploy, since that works wherever qdeploy came from."""
         return f"pip install {' '.join(self.packages)}"
 
+    def reference(self, variant: str) -> str:
+        """What `find_runtime` reads as this variant: `NAME:VARIANT`, or `NAME` where there is one only."""
+        return self.name if len(self.variants) == 1 else f"{self.name}:{variant}"
+
     def installed(self) -> bool:
         """Whether the runtime's modules can be imported here."""
         return all(importlib.util.find_spec(module) is not None for module in self.modules)

@@ -25,7 +25,7 @@ from onnx import TensorProto, helper
 from onnx.utils import Extractor
 
 from qdeploy.core.errors import ArtifactError, InputError, OptionError, QDeployError, one_line
-from qdeploy.core.spec import Encoding, TensorSpec
+from qdeploy.core.spec import Encoding
 from qdeploy.export.artifact import Artifact
 from qdeploy.export.onnx_file import with_sizes
 from qdeploy.numerics import arith
@@ -129,8 +129,7 @@ def divergence(artifact: Artifact, runtime: str, batch: Sequence[Array] | None =
         partings = _isolated(model, places, wanted, found, variants[0], size)
     else:
         partings = _whole(model, places, pieces, wanted, found, variants[0], size)
-    name = found.name if len(found.variants) == 1 else f"{found.name}:{variants[0]}"
-    return Divergence(runtime=name, isolated=isolate, samples=size * len(pieces), tensors=tuple(partings))
+    return Divergence(runtime=found.reference(variants[0]), isolated=isolate, samples=size * len(pieces), tensors=tuple(partings))
 
 
 def _pieces(artifact: Artifact, arrays: Sequence[Array], runtime: Runtime) -> list[list[Array]]:
@@ -144,7 +143,7 @@ def _pieces(artifact: Artifact, arrays: Sequence[Array], runtime: Runtime) -> li
 def _sized(artifact: Artifact, inputs: Sequence[Array]) -> onnx.ModelProto:
     """The file that quantizes, for the sizes of `inputs` where more than the batch is open."""
     model = artifact.load(artifact.simulation)
-    specs = [TensorSpec.from_json(spec) for spec in artifact.inputs]
+    specs = artifact.specs
     sizes = {name: a.shape[d] for spec, a in zip(specs, inputs, strict=True) for d, name in spec.names.items()}
     beyond = any(d for spec in specs for d in spec.names)
     return with_sizes(model, sizes) if beyond else model

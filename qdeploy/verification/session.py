@@ -12,7 +12,6 @@ import onnx
 from numpy.typing import NDArray
 
 from qdeploy.core.errors import ArtifactError
-from qdeploy.core.spec import TensorSpec
 from qdeploy.export.artifact import Artifact
 from qdeploy.export.onnx_file import with_sizes
 from qdeploy.runtimes.runtime import Session, runtimes
@@ -32,7 +31,7 @@ class BatchedSession:
 
     def __init__(self, artifact: Artifact, path: Path, runtime: str, variant: str):
         self.path, self.runtime, self.variant = path, runtimes[runtime], variant
-        self.specs = [TensorSpec.from_json(spec) for spec in artifact.inputs]
+        self.specs = artifact.specs
         fixed = [spec.shape[0] for spec in self.specs if spec.shape]
         self.fixed: int | None = fixed[0] if fixed else 1
         self.session: Session | None = None

@@ -27,7 +27,6 @@ from torch import fx
 from qdeploy.capture.inputs import Batch, check_batch, checked
 from qdeploy.core.errors import ArtifactError, InputError, QDeployError, one_line
 from qdeploy.core.progress import SampleProgress, no_progress
-from qdeploy.core.spec import TensorSpec
 from qdeploy.export.artifact import Artifact, missing_names
 from qdeploy.export.onnx_file import tensor_names
 from qdeploy.graph.flow import run
@@ -293,7 +292,7 @@ def _saved(artifact: Artifact) -> _Saved:
     missing = [name for name in wanted if name not in arrays or (name.startswith("input.") and not arrays[name].ndim)]
     if missing:
         raise ArtifactError(f"the saved samples have no '{missing[0]}'", action="quantize the model again")
-    specs = [TensorSpec.from_json(spec) for spec in artifact.inputs]
+    specs = artifact.specs
     check_batch([torch.from_numpy(arrays[f"input.{spec.name}"]) for spec in specs], specs, "the artifact's saved samples")
     return _Saved(
         inputs=[arrays[f"input.{spec['name']}"] for spec in artifact.inputs],
@@ -343,7 +342,7 @@ def _torch(module: fx.GraphModule, inputs: Sequence[Array]) -> list[Array]:
 
 
 def _arrays(batches: Iterable[Batch], artifact: Artifact) -> Iterator[list[Array]]:
-    specs = [TensorSpec.from_json(spec) for spec in artifact.inputs]
+    specs = artifact.specs
     for batch in batches:
         yield [tensor.detach().cpu().numpy() for tensor in checked(batch, specs)]
 
@@ -387,8 +386,7 @@ def _literal_row(artifact: Artifact, saved: _Saved, known: Sequence[Output]) -> 
 
 def _runtime_row(artifact: Artifact, runtime: Runtime, variant: str) -> _Row:
     feed = BatchedSession(artifact, artifact.simulation, runtime.name, variant)
-    name = runtime.name if len(runtime.variants) == 1 else f"{runtime.name}:{variant}"
-    return _Row(name, feed, artifact.simulation.stat().st_size, _asked(artifact, runtime), feed.placement)
+    return _Row(runtime.reference(variant), feed, artifact.simulation.stat().st_size, _asked(artifact, runtime), feed.placement)
 
 
 def _asked(artifact: Artifact, runtime: Runtime) -> Asked:
