@@ -35,9 +35,8 @@ from qdeploy.export.artifact import Artifact
 from qdeploy.export.onnx_file import emitted
 from qdeploy.graph import edit, query
 from qdeploy.graph.flow import run
-from qdeploy.numerics.observer import Observer
 from qdeploy.recipes import step_runner
-from qdeploy.recipes.calibration_pass import make_observers, observe, observer_of
+from qdeploy.recipes.calibration_pass import observe, observer_of
 from qdeploy.recipes.distill import distill
 from qdeploy.recipes.presets import find_recipe
 from qdeploy.simulation.insert import insert_quantizers
@@ -103,30 +102,22 @@ def prepare_all(
 
 
 def _prepare(captured: Captured, targets: tuple[Backend, ...], recipe: Recipe, widths: Widths, seed: int) -> tuple[Prepared, ...]:
+    step_runner.check_steps(recipe)
     fold.fold(captured.module, with_biases=any(step.needs_biases for step in step_runner.made_steps(recipe)))
-    shared: dict[object, Observer] = {}
     _check_finite(captured.module)
     plans = [make_plan(captured.module, target, widths) for target in targets]
-    return tuple(_prepared(captured, plan, target, recipe, seed, shared) for plan, target in zip(plans, targets, strict=True))
+    return tuple(_prepared(captured, plan, target, recipe, seed) for plan, target in zip(plans, targets, strict=True))
 
 
-def _prepared(
-    captured: Captured,
-    plan: Plan,
-    target: Backend,
-    recipe: Recipe,
-    seed: int,
-    shared: dict[object, Observer],
-) -> Prepared:
+def _prepared(captured: Captured, plan: Plan, target: Backend, recipe: Recipe, seed: int) -> Prepared:
     """One target's simulation, with parameters of its own."""
     if not any(tensor.role == "weight" and tensor.spec for tensor in plan.tensors):
         ops = ", ".join(sorted({tensor.op for tensor in plan.tensors if tensor.role == "activation"}))
         raise InputError(f"backend '{target.name}' finds no layer to quantize", found=f"ops: {ops}", action="see qdeploy inspect")
     _check_float32(captured.module, plan)
-    observers = make_observers(plan, recipe, shared)
     module = edit.copy(captured.module, own_parameters=True)
     quantizers = insert_quantizers(module, plan)
-    return Prepared(captured, module, plan, target, recipe, seed, quantizers, observers)
+    return Prepared(captured, module, plan, target, recipe, seed, quantizers)
 
 
 def _check_float32(module: fx.GraphModule, plan: Plan) -> None:
@@ -184,15 +175,17 @@ def calibrate_all(
     first = several[0]
     torch.manual_seed(first.seed)
     classes = None if labels is None else torch.as_tensor(np.asarray(labels))
-    kept = observe(several, iter(batches), progress, classes, step_progress)
+    states, samples = observe(several, iter(batches), progress, classes, step_progress)
+    if samples is not None:  # what is verified are the samples that no step has seen, where there are any
+        first.reference = []
+        first.remember(samples.held)
     if folder is not None and any(step_runner.has_simulation_steps(one) for one in several):
         step_runner.open_folder(Path(folder), several, resume)
-    for one in several:
+    for one, own in zip(several, states, strict=True):
         one.samples_seen, one.reference = first.samples_seen, first.reference
-        one.freeze(one.observers, partial(observer_of, one.recipe))
-        step_runner.run_simulation_steps(
-            one, kept.samples(), kept.held(), kept.labels(), None if folder is None else Path(folder) / one.backend.name, step_progress
-        )
+        parts = None if folder is None else Path(folder) / one.backend.name
+        torch.manual_seed(one.seed)  # so that a target comes out the same, whichever others are made with it
+        step_runner.settle(one, own, samples, partial(observer_of, one.recipe), parts, step_progress)
         one.check_scales()
         one.calibrated, one.observers = True, {}
     return several

@@ -170,6 +170,26 @@ def toy() -> tuple[Toy, list[Batch]]:
     return net, [(x,)]
 
 
+def uneven() -> tuple[nn.Module, list[Batch]]:
+    """A network that equalization helps where a weight has one scale, and hurts where each channel has one, and its data.
+
+    Half of the first channels are differences of nearly equal colours: large weights, ordinary outputs.
+    """
+    random = torch.Generator().manual_seed(1)
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 8, 3)]
+    with torch.no_grad():
+        for layer, size in zip(layers, (0.1, 0.1, 0.3, 0.1), strict=True):
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=random) * size)
+            layer.bias.zero_()
+        large = torch.randn((8, 1, 3, 3), generator=random) * 4
+        layers[0].weight[::2] = torch.cat([large, -large, 0 * large], 1)
+        layers[0].weight.div_(255)
+    model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2], nn.ReLU(), layers[3]).eval()
+    gray = torch.randn((32, 1, 16, 16), generator=random)
+    colors = 255 * (gray + 0.03 * torch.randn((32, 3, 16, 16), generator=random))
+    return model, [(part,) for part in colors.split(8)]
+
+
 def _images(seed: int, count: int = 4, batch: int = 8) -> list[Batch]:
     random = torch.Generator().manual_seed(seed)
     return [(torch.randn((batch, 3, 8, 8), generator=random),) for _ in range(count)]

@@ -32,6 +32,7 @@ from qdeploy.export.manifest import MANIFEST
 from qdeploy.graph.observe import insert_observers
 from qdeploy.numerics.observer import Observer, make_observer
 from qdeploy.recipes import calibration_pass
+from qdeploy.recipes.calibration_pass import make_observers
 from qdeploy.runtimes.runtime import Runtime
 from qdeploy.simulation.insert import observed_tensors
 from qdeploy.simulation.prepared import Prepared
@@ -122,6 +123,50 @@ def test_the_bytes_are_those_that_each_target_has_alone(tmp_path: Path) -> None:
         assert alone.manifest["files"] == made.manifest["files"]
         ours, theirs = ((one.path / MANIFEST).read_bytes() for one in (alone, made))
         assert ours == theirs
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.usefixtures("onnxruntime_alone")
+def test_a_step_that_is_kept_for_one_target_and_undone_for_another_spoils_neither(tmp_path: Path) -> None:
+    """Their float graphs differ: what is observed in one says nothing of the other."""
+    model, data = networks.uneven()
+    names = ["onnxruntime", "snpe"]
+    several = qdeploy.quantize(model, data, names, tmp_path / "several")
+    steps = [{entry["step"]: entry["decision"] for entry in made.manifest["steps"]}["equalize"] for made in several]
+    assert steps == ["undone", "kept"]
+    for name in names:
+        qdeploy.quantize(model, data, name, tmp_path / name)
+        assert files(tmp_path / "several" / name) == files(tmp_path / name)
+
+
+RECIPES = ("default", "plain", "fast", "percentile", "kl", "gptq", "data_free")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("onnxruntime_alone")
+@pytest.mark.parametrize("seed", range(50))
+def test_the_artifacts_of_a_joint_run_are_those_of_single_runs(seed: int, tmp_path: Path) -> None:
+    random = np.random.default_rng(seed)
+    kinds = [*networks.NETWORKS, "uneven"]
+    name, recipe = kinds[seed % len(kinds)], RECIPES[int(random.integers(len(RECIPES)))]
+    targets = [str(target) for target in random.permutation(backends.names())[: int(random.integers(2, 5))]]
+    model, data = networks.uneven() if name == "uneven" else (networks.network(name), networks.batches(name))
+    try:
+        qdeploy.quantize(model, data, targets, tmp_path / "several", recipe=recipe)
+    except QDeployError as refused:  # such as KL for few bits, for one of them
+        for target in targets:
+            try:
+                qdeploy.quantize(model, data, target, tmp_path / target, recipe=recipe)
+            except QDeployError as alone:
+                assert str(alone) == str(refused)
+                return
+        raise
+    for target in targets:
+        qdeploy.quantize(model, data, target, tmp_path / target, recipe=recipe)
+        assert files(tmp_path / "several" / target) == files(tmp_path / target), (name, recipe, target)
 
 
 @pytest.mark.usefixtures("onnxruntime_alone")
@@ -256,13 +301,17 @@ def test_every_observer_sees_its_tensor_once_a_batch_and_nothing_is_changed() ->
 def test_targets_with_the_same_statistics_share_an_observer_and_others_do_not() -> None:
     model, data = networks.network("plain"), networks.batches("plain")
     with networks.captured_once("plain"):
-        one, same, other = api.prepare_all(model, data[0], ("snpe", "onnxruntime", "openvino"), recipe="fast")
-        mse, least = api.prepare_all(model, data[0], ("onnxruntime", "nnie"), recipe="plain")
-    assert one.observers["relu"] is same.observers["relu"] is other.observers["relu"]
-    assert len({id(o) for p in (one, same) for o in p.observers.values()}) == len(one.observers)
-    grouped = observed_tensors(one.plan)
-    assert grouped["relu"] == ("relu",)
-    assert type(mse.observers["relu"]) is not type(least.observers["relu"]), "log codes are never clipped, so theirs is min-max"
+        several = api.prepare_all(model, data[0], ("snpe", "onnxruntime", "openvino"), recipe="fast")
+        others = api.prepare_all(model, data[0], ("onnxruntime", "nnie"), recipe="plain")
+    shared: dict[object, Observer] = {}
+    one, same, other = (make_observers(prepared.plan, prepared.recipe, shared) for prepared in several)
+    assert one["relu"] is same["relu"] is other["relu"]
+    assert len({id(o) for observers in (one, same) for o in observers.values()}) == len(one)
+    assert observed_tensors(several[0].plan)["relu"] == ("relu",)
+    mse, least = (make_observers(prepared.plan, prepared.recipe, shared) for prepared in others)
+    assert type(mse["relu"]) is not type(least["relu"]), "log codes are never clipped, so theirs is min-max"
+    elsewhere = make_observers(several[0].plan, several[0].recipe, {})
+    assert elsewhere["relu"] is not one["relu"], "in another graph a tensor of the same name is another"
 
 
 def test_the_range_of_shared_statistics_is_that_of_each_spec() -> None:

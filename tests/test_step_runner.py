@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,11 +16,13 @@ from torch import Tensor
 import qdeploy
 from qdeploy import api
 from qdeploy.core.errors import InputError, OptionError
-from qdeploy.core.recipe import Recipe, StepChoice
+from qdeploy.core.recipe import Choice, Recipe, StepChoice
 from qdeploy.graph import query
-from qdeploy.recipes import step, step_runner
-from qdeploy.recipes.calibration_pass import HELD, SHARE, KeptSamples
+from qdeploy.recipes import step
+from qdeploy.recipes.calibration_pass import EARLY_SHARE, FEW, HELD, SHARE, KeptSamples
+from qdeploy.recipes.judge import EXACT, Measure
 from qdeploy.recipes.step import Declined, Step, Work
+from qdeploy.recipes.step_runner import Samples
 from qdeploy.simulation.prepared import Prepared
 
 
@@ -61,6 +65,7 @@ class Unwilling(Step):
 class Counted(Step):
     """Two parts with a checkpoint each; fails after the first where asked."""
 
+    long = True
     samples = 8
     computed: ClassVar[list[str]] = []
     fail = False
@@ -103,12 +108,12 @@ def same(one: Prepared, other: Prepared) -> bool:
 
 
 STEPS = [name for name in step.steps.names() if name not in ("scaled", "shaped", "unwilling", "counted")]
-FEW = {"samples": 16, "iterations": 8, "batch": 8}
+SMALL = {"samples": 16, "iterations": 8, "batch": 8}
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_works_alone_and_leaves_numbers_that_follow_from_each_other(name: str):
-    options = {option: value for option, value in FEW.items() if option in step.step_options(name)}
+    options = {option: value for option, value in SMALL.items() if option in step.step_options(name)}
     made = qdeploy.calibrate(prepared((name, options), name="residual"), networks.batches("residual"))
     assert [entry["step"] for entry in made.log] == [name] and made.log[0]["reason"]
     left = made.encodings()
@@ -137,9 +142,57 @@ def test_a_step_that_hurts_is_undone_and_leaves_nothing_behind(step: str):
 
 
 @pytest.mark.parametrize("step", ["scaled", "shaped"])
-def test_a_step_that_does_no_harm_is_kept(step: str):
+def test_a_step_that_changes_nothing_is_undone(step: str):
     (entry,) = qdeploy.calibrate(prepared((step, {})), networks.batches("plain")).log
-    assert entry["decision"] == "kept" and entry["gain"] == 0 and entry["reason"] == "scaled" and entry["seconds"] >= 0
+    assert entry["decision"] == "undone" and entry["gain"] == 0 and entry["reason"] == "scaled" and entry["seconds"] >= 0
+
+
+POOR = Recipe(
+    name="poor",
+    activation=Choice(observer="percentile", options={"percentile": 80.0}),
+    steps=(StepChoice(step="ranges"), StepChoice(step="bias_correction")),
+)
+
+
+@pytest.mark.parametrize("batches", [1, 4, 8, 16])
+def test_a_step_that_helps_is_kept_and_its_measure_is_of_samples_that_it_has_not_seen(batches: int):
+    made = qdeploy.calibrate(networks.fresh("plain", "snpe", recipe=POOR), networks.batches("plain", count=batches))
+    first, second = made.log
+    assert first["decision"] == "kept" and first["gain"] > 3 and second["before"] == first["after"]
+    if batches * 8 > FEW:
+        wanted, got = (torch.cat([run(*inputs) for inputs in made.reference]) for run in (made.captured.module, made))
+        final = second["after"] if second["decision"] == "kept" else second["before"]
+        ratio = 10 * torch.log10(wanted.double().square().sum() / (wanted.double() - got).square().sum())
+        assert float(ratio) == pytest.approx(final, abs=1e-3), "the saved samples are those that steps are judged by"
+
+
+def test_of_the_ranges_that_a_recipe_names_the_best_are_where_its_steps_start():
+    starts = (Choice(observer="minmax"), Choice(observer="percentile", options={"percentile": 70.0}))
+    made = qdeploy.calibrate(networks.fresh("plain", "snpe", recipe=replace(POOR, steps=(), starts=starts)), networks.batches("plain"))
+    best = qdeploy.calibrate(networks.fresh("plain", "snpe", recipe="minmax"), networks.batches("plain"))
+    (entry,) = made.log
+    assert entry["step"] == "start" and entry["decision"] == "kept" and entry["gain"] > 3 and "minmax is the best" in entry["reason"]
+    assert same(made, best)
+
+
+def test_every_step_starts_from_the_measure_that_the_last_one_left():
+    log = qdeploy.calibrate(networks.fresh("residual", "snpe", recipe="default"), networks.batches("residual")).log
+    assert [entry["step"] for entry in log] == ["start", "equalize", "ranges", "bias_correction"]
+    for last, entry in zip(log, log[1:], strict=False):
+        assert entry["before"] == (last["after"] if last["decision"] == "kept" else last["before"])
+
+
+def test_a_step_of_the_float_graph_is_tried_on_each_graph_that_the_ones_before_may_leave():
+    """The first one hurts, so the second starts from the model as it is."""
+    made = qdeploy.calibrate(prepared(("shaped", {"factor": 3.0}), ("equalize", {}), name="plain"), networks.batches("plain"))
+    alone = qdeploy.calibrate(prepared(("equalize", {}), name="plain"), networks.batches("plain"))
+    assert made.log[0]["decision"] == "undone" and made.log[1]["after"] == alone.log[0]["after"]
+    assert same(made, alone)
+
+
+def test_too_many_steps_of_the_float_graph_are_refused_before_any_work():
+    with pytest.raises(OptionError, match="4 steps that edit the float graph"):
+        prepared(*[("shaped", {})] * 4)
 
 
 def test_a_step_with_nothing_to_do_says_why():
@@ -174,44 +227,55 @@ def test_the_manifest_lists_every_step(tmp_path: Path):
     assert "seconds" not in steps[0] and "seconds" in made.log[0], "the same run makes the same bytes"
 
 
+def kept(batches: Iterable[Tensor], need: int = 10, unit: int | None = None, folds: bool = True) -> Samples:
+    one = KeptSamples(need, unit, folds=folds)
+    for batch in batches:
+        one.add((batch,), batch.flatten(1)[:, 0])
+    found = one.samples()
+    assert found is not None
+    return found
+
+
 def test_held_samples_are_no_samples_of_the_steps():
-    kept = KeptSamples(need=100, dynamic=True)
-    rows = torch.arange(320.0).view(5, 64, 1)
-    for batch in rows:
-        kept.add((batch,), batch.flatten())
-    (used,), (held,) = kept.samples(), kept.held()
-    assert len(used) == 100 and len(held) == 5 * 64 // SHARE
+    found = kept(torch.arange(320.0).view(5, 64, 1), need=100)
+    (used,), (held,) = found.work, found.held
+    assert len(used) == 100 and len(held) == 64 // EARLY_SHARE + 4 * 64 // SHARE and not found.few
     assert not set(used.flatten().tolist()) & set(held.flatten().tolist())
-    labels = kept.labels()
-    assert labels is not None and torch.equal(labels, held.flatten())
+    assert found.labels is not None and torch.equal(found.labels, held.flatten())
+    assert found.folds() == []
 
 
 def test_what_is_held_back_does_not_grow_with_the_data():
-    kept = KeptSamples(need=10, dynamic=True)
-    for _ in range(100):
-        kept.add((torch.zeros(64, 1),), None)
-    assert kept.counts == {"steps": 10, "held": HELD}
+    found = kept(torch.zeros(64, 1) for _ in range(100))
+    assert (len(found.work[0]), len(found.held[0])) == (10, HELD)
 
 
+@pytest.mark.parametrize("folds", [True, False])
 @pytest.mark.parametrize("batches", [1, 3, 20])
-def test_of_batches_of_a_fixed_size_whole_ones_are_held_back(batches: int):
-    kept = KeptSamples(need=6, dynamic=False)
-    for number in range(batches):
-        kept.add((torch.full((2, 1), float(number)),), None)
-    (used,), (held,) = kept.samples(), kept.held()
-    assert len(used) == min(6, 2 * batches) and len(held) % 2 == 0 and len(held)
+def test_of_batches_of_a_fixed_size_whole_ones_are_held_back(batches: int, folds: bool):
+    found = kept((torch.full((2, 1), float(number)) for number in range(batches)), need=6, unit=2, folds=folds)
+    few = folds and 2 * batches <= FEW
+    assert found.few == few and len(found.work[0]) == (2 * batches if few else min(6, 2 * (batches - batches // EARLY_SHARE)))
+    assert len(found.held[0]) % 2 == 0 and len(found.held[0])
+    assert all(rows.start % 2 == 0 == rows.stop % 2 for rows in found.folds())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, FEW])
+def test_a_few_samples_are_cut_into_folds_that_hold_each_of_them_once(count: int):
+    found = kept(torch.arange(float(count)).view(count, 1, 1))
+    places = [place for rows in found.folds() for place in range(count)[rows]]
+    assert found.few and torch.equal(found.work[0], found.held[0]) and len(found.work[0]) == count
+    assert places == (list(range(count)) if count > 1 else [])
 
 
 def test_a_batch_of_a_fixed_size_is_kept_even_where_fewer_samples_are_needed():
-    kept = KeptSamples(need=3, dynamic=False)
-    kept.add((torch.zeros(8, 1),), None)
-    assert len(kept.samples()[0]) == 8
+    assert len(kept([torch.zeros(8, 1)], need=3, unit=8).work[0]) == 8
 
 
 def test_without_steps_no_sample_is_kept():
-    kept = KeptSamples(need=0, dynamic=True)
-    kept.add((torch.zeros(64, 1),), None)
-    assert kept.counts == {"steps": 0, "held": 0}
+    one = KeptSamples(need=0, unit=None)
+    one.add((torch.zeros(64, 1),), None)
+    assert one.samples() is None
 
 
 def test_an_interrupted_run_goes_on_from_its_finished_parts(tmp_path: Path):
@@ -220,7 +284,7 @@ def test_an_interrupted_run_goes_on_from_its_finished_parts(tmp_path: Path):
         qdeploy.calibrate(prepared(("counted", {})), networks.batches("plain"), folder=tmp_path / "work")
     Counted.fail = False
     made = qdeploy.calibrate(prepared(("counted", {})), networks.batches("plain"), folder=tmp_path / "work", resume=True)
-    assert Counted.computed == ["one", "two"] and made.log[0]["decision"] == "kept"
+    assert Counted.computed == ["one", "two"] and made.log[0]["reason"] == "two parts"
 
 
 def test_without_resume_finished_parts_are_computed_anew(tmp_path: Path):
@@ -262,23 +326,54 @@ def test_a_folder_with_other_files_is_not_touched(tmp_path: Path):
 
 
 def test_targets_for_which_the_same_steps_helped_share_one_float_graph():
-    recipe = Recipe(name="test", by_grid=True, steps=(StepChoice(step="shaped"),))
-    several = api.prepare_all(networks.network("plain"), networks.batches("plain")[0], ("snpe", "tensorrt"), recipe=recipe)
-    api.calibrate_all(several, networks.batches("plain"))
-    assert several[0].floating is several[1].floating is not several[0].captured.module
+    model, data = networks.uneven()
+    several = api.prepare_all(model, data[0], ("snpe", "vitis"), recipe="default")
+    api.calibrate_all(several, data)
+    kept = [{entry["step"]: entry["decision"] for entry in one.log}["equalize"] for one in several]
+    assert kept == ["kept", "kept"] and several[0].floating is several[1].floating is not several[0].captured.module
 
 
-def test_the_judge_measures_signal_over_noise():
-    wanted = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    assert step_runner._sqnr(wanted, wanted.float()) == step_runner.EXACT
-    assert step_runner._sqnr(wanted, torch.tensor([3.0, 4.5])) == pytest.approx(20.0)
-    assert step_runner._sqnr(wanted, torch.tensor([3.0, float("nan")])) == -step_runner.EXACT
+def measured(noise: Sequence[float], signal: float = 1.0, right: Sequence[bool] | None = None) -> Measure:
+    energies = torch.tensor([list(noise)], dtype=torch.float64)
+    return Measure(signal=torch.full_like(energies, signal), noise=energies, right=None if right is None else torch.tensor(right))
+
+
+def test_a_measure_is_signal_over_noise_in_decibels():
+    assert measured([0.0]).value == EXACT and measured([float("nan")]).value == -EXACT
+    assert measured([0.01, 0.01]).value == pytest.approx(20.0) and measured([0.01]).metric == "SQNR dB"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "helps"),
+    [
+        ([0.1, 0.1, 0.1, 0.1], [0.05, 0.05, 0.05, 0.05], True),
+        ([0.1, 0.1, 0.1, 0.1], [0.0999, 0.0999, 0.0999, 0.0999], False),  # 0.004 dB
+        ([0.1, 0.1, 0.1, 0.1], [0.02, 0.1, 0.11, 0.12], False),  # one sample tells nothing of the others
+        ([0.1], [0.05], True),
+        ([0.1], [0.095], False),
+        ([float("nan")] * 4, [0.1] * 4, True),
+        ([0.1] * 4, [float("nan")] * 4, False),
+        ([1e-20] * 4, [0.0] * 4, False),
+    ],
+)
+def test_what_helps_does_so_by_more_than_the_samples_may_deceive(before: list[float], after: list[float], helps: bool):
+    assert measured(after).helps(measured(before)) is helps
+    assert not (helps and measured(before).helps(measured(after)))
+
+
+@pytest.mark.parametrize(
+    ("won", "noise", "helps"), [(9, 0.2, True), (0, 0.05, True), (0, 0.2, False), (-9, 0.05, False), (1, 0.2, False)]
+)
+def test_with_labels_the_classes_decide_where_they_tell_and_the_noise_where_not(won: int, noise: float, helps: bool):
+    before, after = [True] * 20 + [False] * 20, [True] * (20 + won) + [False] * (20 - won)
+    assert measured([noise] * 40, right=after).helps(measured([0.1] * 40, right=before)) is helps
+    assert measured([noise], right=[True]).metric == "top-1"
 
 
 def test_the_float_row_is_the_users_model_whatever_the_steps_have_changed(tmp_path: Path):
-    made = qdeploy.calibrate(prepared(("scaled", {}), ("equalize", {}), ("bias_correction", {})), networks.batches("plain"))
+    made = qdeploy.calibrate(prepared(("equalize", {}), ("bias_correction", {})), networks.batches("plain"))
     artifact = qdeploy.convert(made, tmp_path / "out")
-    (batch,) = networks.batches("plain")[0]
+    batch = torch.cat([x for (x,) in networks.batches("plain")])
     labels = networks.network("plain")(batch).argmax(1)
     report = qdeploy.verify(artifact, [batch], "onnxruntime:none", labels, simulation=made)
     assert report.results[0].name == "float" and report.results[0].accuracy == 1

@@ -928,6 +928,8 @@ def main() -> int:
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="these cases alone")
     parser.add_argument("--keep", type=Path, help="with --only, a new folder for the files of each")
     args = parser.parse_args()
+    if args.keep is not None and not args.only:
+        parser.error("--keep is for the cases that --only names")
     samples = _prepared()
     try:
         if args.keep is not None:

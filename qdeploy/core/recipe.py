@@ -22,6 +22,15 @@ class Choice:
     observer: str
     options: Mapping[str, object] = field(default_factory=dict)
 
+    @property
+    def label(self) -> str:
+        """Short words, different for different choices.
+
+        >>> Choice(observer="percentile", options={"percentile": 99.9}).label
+        'percentile percentile=99.9'
+        """
+        return " ".join([self.observer, *(f"{name}={value}" for name, value in sorted(self.options.items()))])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepChoice:
@@ -37,12 +46,16 @@ FEW_BITS, CLIPPED = 6, Choice(observer="mse", options={"p": 2.4})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How numbers are chosen. Two recipes with the same content have the same `digest`."""
+    """How numbers are chosen. Two recipes with the same content have the same `digest`.
+
+    `starts` are ranges of all activations that are tried beside those of `activation`: the steps start from the best of them.
+    """
 
     name: str
     activation: Choice = LEAST_ERROR
     weight: Choice = EXTREMES
     steps: tuple[StepChoice, ...] = ()
+    starts: tuple[Choice, ...] = ()
     by_grid: bool = False
     summary: str = ""
 

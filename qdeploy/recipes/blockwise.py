@@ -28,6 +28,7 @@ Partition = Callable[[fx.GraphModule], list[Region]]
 class Reconstruction(Step):
     """A step that reconstructs all regions of a network."""
 
+    long = True
     partition: Partition
     phases: tuple[Settings, ...]
     fisher: bool = False

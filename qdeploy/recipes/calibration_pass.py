@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 
@@ -19,28 +19,38 @@ from qdeploy.graph.observe import insert_observers
 from qdeploy.numerics.multi_observer import MultiObserver
 from qdeploy.numerics.observer import Observer, make_observer
 from qdeploy.recipes import step_runner
+from qdeploy.recipes.step_runner import Samples, States
 from qdeploy.simulation.insert import observed_tensors
 from qdeploy.simulation.plan import Plan
 from qdeploy.simulation.prepared import Prepared
 
 HELD = 256
 """Most samples that are held back to judge steps by."""
-SHARE = 8
-"""One sample of so many is held back, up to `HELD`."""
+SHARE, EARLY_SHARE = 8, 4
+"""One sample of so many is held back, up to `HELD`; of the first EARLY samples more, so that a few tell something."""
+EARLY = 64
+FEW = 32
+"""Up to so many samples are few: then none is held back, but they are judged in folds."""
 
 
 class KeptSamples:
-    """The samples of a stream that steps work on: up to `need` for the steps, and one in `SHARE` more to judge them by."""
+    """The samples of a stream that steps work on: up to `need` for the steps, and one in `SHARE` more to judge them by.
 
-    def __init__(self, need: int, dynamic: bool, alike: bool = True):
+    unit: how many samples there are at once, where the model fixes it; None where it does not. folds: whether few samples are cut into
+    folds, for which each step runs several times.
+    """
+
+    def __init__(self, need: int, unit: int | None, alike: bool = True, folds: bool = True):
         self.need = need
-        self.dynamic = dynamic
+        self.unit = unit
         self.alike = alike
         """Whether all samples must have one size."""
+        self.folds = folds
         self.store = TensorStore()
         self.counts = {"steps": 0, "held": 0}
-        self._parts: dict[str, list[tuple[Tensor, ...]]] = {"steps": [], "held": []}
-        self._labels: list[Tensor] = []
+        self.seen = 0
+        self._parts: dict[str, list[tuple[Tensor, ...]]] = {"steps": [], "held": [], "first": []}
+        self._labels: dict[str, list[Tensor]] = {"held": [], "first": []}
         self._batches = 0
         self._shapes: list[list[int]] = []
 
@@ -59,17 +69,25 @@ class KeptSamples:
         if not self.need:
             return
         size = len(batch[0])
-        if self.dynamic and size >= SHARE:
-            held = min(size // SHARE, HELD - self.counts["held"])
+        if self.folds and self.seen + size <= FEW:
+            self._keep("first", tuple(batch), size)
+            if labels is not None:
+                self._labels["first"].append(labels)
+        elif self._parts["first"]:
+            self._parts["first"], self._labels["first"] = [], []  # they are not few
+        share = EARLY_SHARE if self.seen < EARLY else SHARE
+        self.seen += size
+        if self.unit is None and size >= share:
+            held = min(size // share, HELD - self.counts["held"])
         else:
-            held = size if self._batches % SHARE == 0 and self.counts["held"] < HELD else 0
+            held = size if self._batches % share == 0 and self.counts["held"] < HELD else 0
         used = min(size - held, max(0, self.need - self.counts["steps"]))
-        if not self.dynamic and used:
+        if self.unit is not None and used:
             used = size - held  # whole batches, of which there is at least one
         self._keep("steps", tuple(t[:used] for t in batch), used)
         self._keep("held", tuple(t[size - held :] for t in batch), held)
         if labels is not None and held:
-            self._labels.append(labels[size - held :])
+            self._labels["held"].append(labels[size - held :])
 
     def _keep(self, what: str, batch: tuple[Tensor, ...], size: int) -> None:
         if not size:
@@ -79,19 +97,21 @@ class KeptSamples:
             copy = self.store.empty(tensor.shape, tensor.dtype)
             copies.append(copy.copy_(tensor.detach()))
         self._parts[what].append(tuple(copies))
-        self.counts[what] += size
+        if what in self.counts:
+            self.counts[what] += size
 
-    def samples(self) -> tuple[Tensor, ...]:
-        """What the steps work on, one tensor an input; where nothing else is left, what they are judged by."""
-        return self._joined("steps") or self._joined("held")
+    def samples(self) -> Samples | None:
+        """What steps work on, and what they are judged by; None where nothing was to be kept."""
+        if not self.need:
+            return None
+        first = self._joined("first")
+        if first:
+            return Samples(first, first, self._labelled("first"), few=True, unit=self.unit or 1)
+        steps, held = self._joined("steps"), self._joined("held")
+        return Samples(steps or held, held or steps, self._labelled("held") if held else None, unit=self.unit or 1)
 
-    def held(self) -> tuple[Tensor, ...]:
-        """What the steps are judged by; of too few samples to hold some back, those that they work on."""
-        return self._joined("held") or self._joined("steps")
-
-    def labels(self) -> Tensor | None:
-        """The classes of `held`, if they are known."""
-        return torch.cat(self._labels) if self._labels and self.counts["held"] else None
+    def _labelled(self, what: str) -> Tensor | None:
+        return torch.cat(self._labels[what]) if self._labels[what] else None
 
     def _joined(self, what: str) -> tuple[Tensor, ...]:
         parts = self._parts[what]
@@ -105,9 +125,12 @@ class KeptSamples:
 
 
 def make_observers(plan: Plan, recipe: Recipe, shared: dict[object, Observer]) -> dict[str, Observer]:
-    """One observer a group of activations; groups of the same tensors with the same statistics have one in `shared`."""
+    """One observer a group of activations; groups of the same tensors with the same statistics have one in `shared`.
+
+    `shared` is for the targets that are observed in one graph: the tensors of another have the same names, and other values.
+    """
     specs = {planned.group: planned.spec for planned in plan.quantized if planned.spec is not None}
-    wanted = [choice for step in step_runner.made_steps(recipe) for choice in step.observers()]
+    wanted = [*recipe.starts, *(choice for step in step_runner.made_steps(recipe) for choice in step.observers())]
     observers: dict[str, Observer] = {}
     for group, tensors in observed_tensors(plan).items():
         choices = (recipe.choice("activation", specs[group]), *wanted)
@@ -129,36 +152,38 @@ def _observers(choices: Sequence[Choice], spec: QuantSpec) -> Observer:
     made = make_observer(choices[0].observer, spec, choices[0].options)
     if len(choices) == 1:
         return made
-    named = {_name(choices[0]): made}
+    named = {choices[0].label: made}
     for choice in choices[1:]:
         with suppress(OptionError):
-            named.setdefault(_name(choice), make_observer(choice.observer, spec, choice.options))
+            named.setdefault(choice.label, make_observer(choice.observer, spec, choice.options))
     return MultiObserver(spec, named)
-
-
-def _name(choice: Choice) -> str:
-    return " ".join([choice.observer, *(f"{name}={value}" for name, value in sorted(choice.options.items()))])
 
 
 def observe(
     several: Sequence[Prepared], stream: Iterator[Batch], progress: SampleProgress, labels: Tensor | None, step_progress: StepProgress
-) -> KeptSamples:
-    """Shape the float graphs by the first samples, then show all data to all observers. Returns the samples that steps work on."""
+) -> tuple[list[States], Samples | None]:
+    """Make the float graphs that steps can come to, and show all data to all observers of each.
+
+    Returns these graphs with what was observed, for each of `several`, and the samples that steps work on.
+    """
     first = several[0]
-    need, shaped = max(step_runner.samples_needed(one) for one in several), any(step_runner.has_float_steps(one) for one in several)
-    kept = KeptSamples(need, first.captured.dynamic_batch, alike=need > 0 or shaped)
+    kept = _kept_samples(several)
     checked = (_checked(first, kept, item) for item in stream)
     head: list[tuple[Tensor, ...]] = []
-    if shaped:
+    preview: Sequence[Tensor] = ()
+    if any(map(step_runner.has_float_steps, several)):
         for batch in checked:
             head.append(batch)
             if sum(len(part[0]) for part in head) >= step_runner.PREVIEW:
                 break
         preview = [torch.cat(column)[: step_runner.PREVIEW] for column in zip(*head, strict=True)]
-        if head:
-            step_runner.run_float_steps_for_all(several, preview, step_progress)
-    graphs = {id(one.floating): one.floating for one in several}
-    observing = [insert_observers(module, _by_tensor([one for one in several if one.floating is module])) for module in graphs.values()]
+    if not head:
+        begun = next(checked, None)
+        head = [] if begun is None else [begun]
+    if not head:
+        raise InputError("there is no calibration data", action="give at least one batch")
+    states = step_runner.float_states(several, preview, step_progress)
+    observing = _observing(several, states)
     with torch.no_grad():
         for batch in chain(head, checked):
             for module in observing:
@@ -170,9 +195,39 @@ def observe(
                 raise InputError("there are fewer labels than samples", found=len(labels), action="give one label a sample")
             kept.add(batch, None if labels is None else labels[here])
             progress(first.samples_seen)
-    if not first.samples_seen:
-        raise InputError("there is no calibration data", action="give at least one batch")
-    return kept
+    return states, kept.samples()
+
+
+def _kept_samples(several: Sequence[Prepared]) -> KeptSamples:
+    """What is to be kept for the steps of all."""
+    first = several[0]
+    need = max(max(step_runner.samples_needed(one), FEW) if step_runner.is_judged(one.recipe) else 0 for one in several)
+    folds = not any(step.long for one in several for step in step_runner.made_steps(one.recipe))
+    return KeptSamples(need, None if first.captured.dynamic_batch else first.batch_size, alike=need > 0, folds=folds)
+
+
+def _observing(several: Sequence[Prepared], states: Sequence[States]) -> list[fx.GraphModule]:
+    """Give every state its observers, and make each graph with all that hang on it."""
+    graphs: dict[int, fx.GraphModule] = {}
+    shared: dict[int, dict[object, Observer]] = {}
+    shown: dict[int, dict[str, list[Observer]]] = {}
+    for one, own in zip(several, states, strict=True):
+        for state in own.values():
+            if state.graph is None:
+                continue
+            key = id(state.graph)
+            graphs[key] = state.graph
+            state.observers = make_observers(one.plan, one.recipe, shared.setdefault(key, {}))
+            _add_by_tensor(shown.setdefault(key, {}), one.plan, state.observers)
+    return [insert_observers(graph, shown[key]) for key, graph in graphs.items()]
+
+
+def _add_by_tensor(found: dict[str, list[Observer]], plan: Plan, observers: Mapping[str, Observer]) -> None:
+    """Add to `found` the observers that each tensor is shown to, every one once."""
+    for group, tensors in observed_tensors(plan).items():
+        for tensor in tensors:
+            if all(observers[group] is not other for other in found.setdefault(tensor, [])):
+                found[tensor].append(observers[group])
 
 
 def _checked(prepared: Prepared, kept: KeptSamples, item: Batch) -> tuple[Tensor, ...]:
@@ -189,14 +244,3 @@ def _show(module: fx.GraphModule, batch: Sequence[Tensor]) -> None:
         found = f"{[list(tensor.shape) for tensor in batch]}: {str(error).splitlines()[0]}"
         action = "give batches of sizes that the model itself computes"
         raise InputError("the model cannot compute a batch", found=found, action=action) from error
-
-
-def _by_tensor(several: Sequence[Prepared]) -> dict[str, list[Observer]]:
-    """The observers that each tensor is shown to, every one once."""
-    found: dict[str, list[Observer]] = {}
-    for one in several:
-        for group, tensors in observed_tensors(one.plan).items():
-            for tensor in tensors:
-                if all(one.observers[group] is not other for other in found.setdefault(tensor, [])):
-                    found[tensor].append(one.observers[group])
-    return found

@@ -6,11 +6,14 @@
     percentile = 99.99
     [weight]
     observer = "minmax"
+    [[start]]
+    observer = "minmax"
     [[step]]
     name = "bias_correction"
     samples = 128
 
-What a file leaves out is as in the recipe `default`. Every observer's name is also a recipe: that observer for the activations, min-max
+Each [[start]] are ranges of all activations that are tried beside those of [activation]. What a file leaves out is as in the recipe
+`default`, but with an [activation] of its own no other ranges are tried. Every observer's name is also a recipe: that observer for the activations, min-max
 for the weights, no steps.
 """
 
@@ -29,11 +32,14 @@ from qdeploy.recipes.step import make_step
 EQUALIZE, RANGES, CORRECT = StepChoice(step="equalize"), StepChoice(step="ranges"), StepChoice(step="bias_correction")
 FEW_RANGES = StepChoice(step="ranges", options={"samples": 16})
 """Enough for 8 bits, where it makes little difference (0.3 dB at the most) and is a tenth of the time of a whole calibration."""
+STARTS = (EXTREMES, Choice(observer="percentile", options={"percentile": 99.99}))
+"""Ranges that are tried beside those of least squared error: some networks have tensors that one kind destroys."""
 RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe(
             name="default",
+            starts=STARTS,
             steps=(EQUALIZE, FEW_RANGES, CORRECT),
             by_grid=True,
             summary="equalization, ranges of least error behind the layer, bias correction: a few passes",
@@ -42,30 +48,35 @@ RECIPES = {
         Recipe(name="plain", by_grid=True, summary="ranges of least squared error, no steps: one pass"),
         Recipe(
             name="gptq",
+            starts=STARTS,
             steps=(EQUALIZE, RANGES, StepChoice(step="gptq"), CORRECT),
             by_grid=True,
             summary="the default with GPTQ rounding of weights: minutes, for few bits",
         ),
         Recipe(
             name="adaround",
+            starts=STARTS,
             steps=(EQUALIZE, RANGES, StepChoice(step="adaround")),
             by_grid=True,
             summary="learned rounding of weights, layer by layer",
         ),
         Recipe(
             name="brecq",
+            starts=STARTS,
             steps=(RANGES, StepChoice(step="brecq")),
             by_grid=True,
             summary="learned rounding of weights, then steps of activations, block by block",
         ),
         Recipe(
             name="qdrop",
+            starts=STARTS,
             steps=(RANGES, StepChoice(step="qdrop")),
             by_grid=True,
             summary="learned rounding and steps, block by block, with activations quantized at random: the best for few bits",
         ),
         Recipe(
             name="data_free",
+            starts=STARTS,
             steps=(EQUALIZE, RANGES, StepChoice(step="bias_correction", options={"statistics": "batch_norm"})),
             by_grid=True,
             summary="the default with biases corrected by batch-norm statistics; made for distilled images, which need no --data",
@@ -99,7 +110,7 @@ def _read(path: Path) -> Recipe:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"recipe file '{path}' is not TOML", found=str(error), action="mend the file") from error
-    known = ("name", "activation", "weight", "step")
+    known = ("name", "activation", "weight", "start", "step")
     for key in table:
         if key not in known:
             raise unknown_name(f"recipe key in '{path}':", key, known)
@@ -112,6 +123,7 @@ def _read(path: Path) -> Recipe:
         activation=_choice(table, "activation", path, default.activation),
         weight=_choice(table, "weight", path, default.weight),
         steps=_steps(table, path) if "step" in table else default.steps,
+        starts=_starts(table, path) if "start" in table else () if "activation" in table else default.starts,
         by_grid=not table.keys() & {"activation", "weight"},
     )
 
@@ -130,6 +142,14 @@ def _steps(table: Mapping[str, object], path: Path) -> tuple[StepChoice, ...]:
             raise OptionError(f"recipe file '{path}', [[step]] {position}: {error}") from error
         made.append(StepChoice(step=entry["name"], options=options))
     return tuple(made)
+
+
+def _starts(table: Mapping[str, object], path: Path) -> tuple[Choice, ...]:
+    entries = table["start"]
+    if not isinstance(entries, list):
+        action = "put the observer and its options below a line [[start]]; start = [] for none"
+        raise InputError(f"recipe file '{path}': start", found=repr(entries), allowed="[[start]] tables", action=action)
+    return tuple(_choice({"start": entry}, "start", path, EXTREMES) for entry in entries)
 
 
 def _choice(table: Mapping[str, object], key: str, path: Path, default: Choice) -> Choice:

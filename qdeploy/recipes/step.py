@@ -1,7 +1,7 @@
 """What a step of a recipe is, and what it works on.
 
 A step changes the numbers of one prepared model: weights, biases, scales. The steps themselves are files of `calibration/`, found by
-name in `steps`. None of them judges itself: `step_runner` measures the model before and after each, and undoes what hurts.
+name in `steps`. None of them judges itself: `step_runner` measures the model before and after each, and keeps what helps.
 """
 
 from __future__ import annotations
@@ -100,6 +100,8 @@ class Step(ABC):
     """`float` steps keep what the network computes and run before ranges are observed; the others change the simulation."""
     needs_biases: ClassVar[bool] = False
     """Whether every layer must have a bias, if only of zeros."""
+    long: ClassVar[bool] = False
+    """Whether it takes so long that it is not run for every fold of a few samples, but judged by a share of them."""
     samples: int = 0
     """How many calibration samples it wants to be kept."""
 

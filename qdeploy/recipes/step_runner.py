@@ -1,73 +1,47 @@
-"""Run the steps of a recipe: measure before and after each on samples that no step sees, keep what helps, undo what hurts, log all.
+"""Run the steps of a recipe: measure before and after each on samples that it does not see, keep what helps, undo the rest, log all.
 
-The measure is the SQNR of the outputs against those of the float model, or the share of right classes where labels are given.
-Steps that edit the float graph come before ranges are observed. To measure them, ranges are found by min-max on a few first samples,
-once with and once without the step; no other data is passed twice.
+The measure is that of `judge`, the same for all steps: one starts from where the last one left off. First come the ranges that steps
+start from, the best of those that the recipe names. Then the steps that edit the float graph: each graph that they can come to is made
+before the pass over the data, and observed in it, so that no data is passed twice. Then the others, in `tracks`: where there are
+enough samples some are held back to judge by; where there are few, they are cut into FOLDS, and each fold is judged by a simulation
+of its own, made without it, while the model itself is made with all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from qdeploy.core.errors import InputError
+from qdeploy.core.errors import InputError, OptionError, QDeployError
 from qdeploy.core.progress import StepProgress, no_step_progress
-from qdeploy.core.recipe import EXTREMES, Recipe, StepChoice
+from qdeploy.core.recipe import Choice, Recipe, StepChoice
 from qdeploy.core.spec import QuantSpec, Role
 from qdeploy.core.version import __version__
-from qdeploy.graph import edit
-from qdeploy.graph.flow import run
-from qdeploy.graph.observe import insert_observers
+from qdeploy.graph import edit, query
+from qdeploy.numerics.multi_observer import MultiObserver
 from qdeploy.numerics.observer import Observer, make_observer
 from qdeploy.numerics.quantizer import Quantizer
+from qdeploy.recipes.judge import Judge, Measure
 from qdeploy.recipes.step import Declined, Stage, Step, Work, make_step
-from qdeploy.simulation.insert import Numbers, observed_tensors
+from qdeploy.simulation.insert import Numbers
 from qdeploy.simulation.prepared import Prepared
 
 PREVIEW = 64
-"""First samples, by which steps of the float graph are judged."""
-HARM = 0.01
-"""Loss of SQNR in dB up to which a step counts as no harm: below what samples can tell."""
-SQNR, TOP1 = "SQNR dB", "top-1"
-EXACT = 999.0
-"""SQNR in dB of outputs that are equal."""
+"""First samples, which steps of the float graph may look at."""
+FOLDS = 4
+"""How many parts a few samples are cut into."""
+MOST_FLOAT_STEPS = 3
+"""Each of them doubles the graphs that are observed."""
 FINGERPRINT = "run.json"
-
-
-class Judge:
-    """Measures a simulation on held-back samples, by the float outputs `wanted` or by labels."""
-
-    def __init__(self, prepared: Prepared, held: Sequence[Tensor], labels: Tensor | None = None):
-        self.prepared = prepared
-        self.held = held
-        self.labels = labels
-        self.metric = SQNR if labels is None else TOP1
-        self.wanted = [t.double() for t in run(prepared.captured.module, held, prepared.batch_size)] if labels is None else []
-
-    def __call__(self) -> float:
-        made = run(self.prepared.module, self.held, self.prepared.batch_size)
-        if self.labels is not None:
-            return float((made[0].flatten(1).argmax(1) == self.labels).double().mean())
-        ratios = [_sqnr(want, got) for want, got in zip(self.wanted, made, strict=True) if want.is_floating_point()]
-        return sum(ratios) / len(ratios)
-
-
-def _sqnr(wanted: Tensor, made: Tensor) -> float:
-    noise = float((made.double() - wanted).square().sum())
-    signal = float(wanted.square().sum())
-    if not math.isfinite(noise):
-        return -EXACT
-    return EXACT if noise == 0 else max(-EXACT, 10 * math.log10(max(signal, 1e-300) / noise))
 
 
 def made_steps(recipe: Recipe) -> list[Step]:
@@ -80,157 +54,317 @@ def samples_needed(prepared: Prepared) -> int:
     return max((step.samples for step in made_steps(prepared.recipe)), default=0)
 
 
+def is_judged(recipe: Recipe) -> bool:
+    """Whether anything in `recipe` is tried and measured."""
+    return bool(recipe.starts or recipe.steps)
+
+
 def has_float_steps(prepared: Prepared) -> bool:
     """Whether its recipe has steps that edit the float graph."""
-    return bool(_staged(prepared, "float"))
+    return bool(_staged(prepared.recipe, "float"))
 
 
 def has_simulation_steps(prepared: Prepared) -> bool:
     """Whether its recipe has steps that change the simulation."""
-    return bool(_staged(prepared, "simulation"))
+    return bool(_staged(prepared.recipe, "simulation"))
 
 
-def _staged(prepared: Prepared, stage: Stage) -> list[tuple[int, StepChoice, Step]]:
+def check_steps(recipe: Recipe) -> None:
+    """`OptionError` for a recipe with more steps of the float graph than can be tried in one pass."""
+    steps = [choice.step for _, choice, _ in _staged(recipe, "float")]
+    if len(steps) > MOST_FLOAT_STEPS:
+        what, action = f"recipe '{recipe.name}' has {len(steps)} steps that edit the float graph", "leave some out"
+        raise OptionError(what, found=", ".join(steps), allowed=f"up to {MOST_FLOAT_STEPS}", action=action)
+
+
+def _staged(recipe: Recipe, stage: Stage) -> list[tuple[int, StepChoice, Step]]:
     """The steps of one stage, with their place in the recipe."""
-    steps = enumerate(zip(prepared.recipe.steps, made_steps(prepared.recipe), strict=True))
+    steps = enumerate(zip(recipe.steps, made_steps(recipe), strict=True))
     return [(number, choice, step) for number, (choice, step) in steps if step.stage == stage]
 
 
-def run_float_steps_for_all(several: Sequence[Prepared], preview: Sequence[Tensor], progress: StepProgress = no_step_progress) -> None:
-    """`run_float_steps` for each; targets for which the same steps helped have one float graph."""
-    graphs: dict[tuple[str, ...], torch.fx.GraphModule] = {}
+@dataclass
+class FloatState:
+    """A float graph that steps can come to, and what is observed of it. `graph` is None where the last of these steps declined."""
+
+    graph: fx.GraphModule | None
+    reason: str = ""
+    seconds: float = 0.0
+    observers: Mapping[str, Observer] = field(default_factory=dict)
+
+
+States = dict[tuple[int, ...], FloatState]
+"""By the places of the steps that were run, in their order."""
+
+
+def float_states(several: Sequence[Prepared], preview: Sequence[Tensor], progress: StepProgress = no_step_progress) -> list[States]:
+    """For each of `several`, the graphs that its steps of the stage `float` can come to. Equal graphs are one, whoever they are for."""
+    shared: dict[bytes, fx.GraphModule] = {}
+    found = []
     for one in several:
-        run_float_steps(one, preview, progress)
-        kept = tuple(str(entry["step"]) for entry in one.log if entry["decision"] == "kept")
-        one.set_floating(graphs.setdefault(kept, one.floating))
+        original = one.floating
+        states: States = {(): FloatState(original)}
+        for number, _, step in _staged(one.recipe, "float"):
+            for applied, state in list(states.items()):
+                if state.graph is not None:
+                    states[*applied, number] = _shaped(one, step, state.graph, preview, progress)
+        one.set_floating(original)
+        for state in states.values():
+            if state.graph is not None and state.graph is not original:
+                state.graph = shared.setdefault(_digest(state.graph), state.graph)
+        found.append(states)
+    return found
 
 
-def run_float_steps(prepared: Prepared, preview: Sequence[Tensor], progress: StepProgress = no_step_progress) -> None:
-    """Run the steps of the stage `float`, judged on the first samples `preview`."""
-    todo = _staged(prepared, "float")
-    if not todo:
-        return
-    judge = Judge(prepared, preview)
-
-    def measure() -> float:
-        _glimpse(prepared, preview)
-        return judge()
-
-    before = measure()
-    work = Work(prepared, preview, progress=progress)
-    for _, choice, step in todo:
-        original = prepared.floating
-        prepared.set_floating(edit.copy(original, own_parameters=True))
-        prepared.take_parameters()
-
-        def undo(original: torch.fx.GraphModule = original) -> None:
-            prepared.set_floating(original)
-            prepared.take_parameters()
-
-        before = _attempt(prepared, choice, partial(step.run, work), measure, undo, before, judge.metric)
-    prepared.take_parameters()
-    prepared.chosen, prepared.biases = {}, {}
-    prepared.set_mode("float")
+def _shaped(prepared: Prepared, step: Step, graph: fx.GraphModule, preview: Sequence[Tensor], progress: StepProgress) -> FloatState:
+    start = time.monotonic()
+    prepared.set_floating(edit.copy(graph, own_parameters=True))
+    try:
+        reason = step.run(Work(prepared, preview, progress=progress))
+    except Declined as declined:
+        return FloatState(None, str(declined), time.monotonic() - start)
+    return FloatState(prepared.floating, reason, time.monotonic() - start)
 
 
-def _glimpse(prepared: Prepared, preview: Sequence[Tensor]) -> None:
-    """Quantize with ranges by min-max on a few samples."""
-    prepared.take_parameters()
-    groups = observed_tensors(prepared.plan)
-    specs = {planned.group: planned.spec for planned in prepared.plan.quantized if planned.spec is not None}
-    seen = {group: make_observer(EXTREMES.observer, specs[group], {}) for group in groups}
-    tensors: dict[str, list[Observer]] = {}
-    for group, names in groups.items():
-        for name in names:
-            tensors.setdefault(name, []).append(seen[group])
-    run(insert_observers(prepared.floating, tensors), preview, prepared.batch_size)
-
-    def extremes(role: Role, spec: QuantSpec) -> Observer:
-        return make_observer(EXTREMES.observer, spec, {})
-
-    prepared.freeze(seen, extremes)
+def _digest(graph: fx.GraphModule) -> bytes:
+    """Equal for graphs that compute and know the same."""
+    digest = hashlib.sha256(graph.code.encode())
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            known: Sequence[object] = (query.parameter(graph, str(node.target)),)
+        else:
+            known = node.meta.get("statistics", ())
+        for tensor in known:
+            assert isinstance(tensor, Tensor)
+            digest.update(tensor.detach().contiguous().view(-1).numpy().tobytes())
+    return digest.digest()
 
 
-def run_simulation_steps(
+@dataclass(frozen=True)
+class Samples:
+    """What steps work on and are judged by: one tensor `[N, ...]` an input, and labels `[N]` where they are known.
+
+    Where `few` there are no others to judge by; they come in whole batches of `unit`.
+    """
+
+    work: tuple[Tensor, ...]
+    held: tuple[Tensor, ...]
+    labels: Tensor | None = None
+    few: bool = False
+    unit: int = 1
+
+    def folds(self) -> list[slice]:
+        """Where the parts of a few samples begin and end; none where there are not two."""
+        units = len(self.held[0]) // self.unit
+        count = min(FOLDS, units) if self.few else 0
+        bounds = [units * place // count * self.unit for place in range(count + 1)] if count > 1 else []
+        return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+
+@dataclass
+class _Track:
+    """One simulation that all steps go through: it works on `samples`, and is judged by the rows of the judge, if by any."""
+
+    samples: tuple[Tensor, ...]
+    rows: slice | None
+    tag: str
+    state: State
+
+
+def settle(
     prepared: Prepared,
-    samples: Sequence[Tensor],
-    held: Sequence[Tensor],
-    labels: Tensor | None = None,
+    states: States,
+    samples: Samples | None,
+    observer_of: Callable[[Role, QuantSpec], Observer],
     folder: Path | None = None,
     progress: StepProgress = no_step_progress,
 ) -> None:
-    """Run the steps of the stage `simulation` on a calibrated model.
+    """Fix all numbers of `prepared` by what was observed, and run the steps of its recipe, judged by `samples` (None: no steps).
 
-    They work on `samples` and are judged by `held`, and their `labels` if these are known. Finished parts of long steps are kept in
-    `folder`.
+    Finished parts of long steps are kept in `folder`.
     """
-    todo = _staged(prepared, "simulation")
+    _freeze(prepared, states[()], None, observer_of)
+    if samples is None:
+        return
+    judge = Judge(prepared, samples.held, samples.labels)
+    now, start = _start(prepared, states[()], judge, observer_of)
+    now = _choose_graph(prepared, states, start, now, judge, observer_of)
+    _run_simulation_steps(prepared, samples, judge, now, folder, progress)
+
+
+def _freeze(prepared: Prepared, state: FloatState, start: Choice | None, observer_of: Callable[[Role, QuantSpec], Observer]) -> None:
+    """Take the graph of `state` and the ranges by `start`, or those of the recipe, where a tensor has no such ones."""
+    assert state.graph is not None
+    prepared.set_floating(state.graph)
+    prepared.take_parameters()
+    prepared.observers = state.observers
+    seen = state.observers
+    if start is not None:
+        seen = {group: one.named.get(start.label, one) if isinstance(one, MultiObserver) else one for group, one in seen.items()}
+    prepared.freeze(seen, observer_of)
+
+
+def _start(
+    prepared: Prepared, state: FloatState, judge: Judge, observer_of: Callable[[Role, QuantSpec], Observer]
+) -> tuple[Measure, Choice | None]:
+    """Take the best ranges to start from; their measure, and where they are from (None: the recipe's own)."""
+    begun = time.monotonic()
+    first = best = judge()
+    taken: Choice | None = None
+    tried = [f"{prepared.recipe.activation.label} {best.value:.4g}"]
+    for choice in prepared.recipe.starts:
+        try:
+            _freeze(prepared, state, choice, observer_of)
+        except QDeployError:  # an observer that these specs do not have, such as KL below 8 bits
+            continue
+        made = judge()
+        tried.append(f"{choice.label} {made.value:.4g}")
+        if made.helps(best):
+            best, taken = made, choice
+    if len(tried) > 1:
+        _freeze(prepared, state, taken, observer_of)
+        words = f"{(taken or prepared.recipe.activation).label} is the best of {', '.join(tried)}"
+        _log(prepared, StepChoice(step="start"), first, best, "kept" if taken else "declined", words, begun)
+    return best, taken
+
+
+def _choose_graph(
+    prepared: Prepared,
+    states: States,
+    start: Choice | None,
+    now: Measure,
+    judge: Judge,
+    observer_of: Callable[[Role, QuantSpec], Observer],
+) -> Measure:
+    """Go through the steps of the float graph, and keep the graph that is best; its measure."""
+    applied: tuple[int, ...] = ()
+    for number, choice, _ in _staged(prepared.recipe, "float"):
+        state = states[*applied, number]
+        begun = time.monotonic() - state.seconds
+        if state.graph is None:
+            _log(prepared, choice, now, now, "declined", state.reason, begun)
+            continue
+        _freeze(prepared, state, start, observer_of)
+        after = judge()
+        kept = after.helps(now)
+        _log(prepared, choice, now, after, "kept" if kept else "undone", state.reason, begun)
+        if kept:
+            applied, now = (*applied, number), after
+        else:
+            _freeze(prepared, states[applied], start, observer_of)
+    return now
+
+
+def _run_simulation_steps(
+    prepared: Prepared, samples: Samples, judge: Judge, now: Measure, folder: Path | None, progress: StepProgress
+) -> None:
+    """Run the steps of the stage `simulation`."""
+    todo = _staged(prepared.recipe, "simulation")
     if not todo:
         return
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    work = Work(prepared, samples, folder, progress)
-    judge = Judge(prepared, held, labels)
-    before = judge()
+    tracks = _tracks(prepared, samples)
     for number, choice, step in todo:
-        work.step = f"{number}.{choice.step}"
-        state = _state(prepared)
-        undo = partial(_restore, prepared, state)
-        before = _attempt(prepared, choice, partial(step.run, work), judge, undo, before, judge.metric)
+        begun = time.monotonic()
+        before = [track.state for track in tracks]
+        name = f"{number}.{choice.step}"
+        run = partial(_advance, prepared, step, folder=folder, progress=progress)
+        after, decision = now, "declined"
+        try:
+            measures = []
+            for track in tracks:
+                if track.rows is not None:
+                    reason = run(track, name=name + track.tag)
+                    measures.append(judge(track.rows))
+            after = Measure.joined(measures)
+            decision = "kept" if after.helps(now) else "undone"
+            for track in tracks:
+                if track.rows is None and decision == "kept":
+                    reason = run(track, name=name + track.tag)
+        except Declined as declined:
+            decision, reason = "declined", str(declined)
+        if decision != "kept":
+            for track, state in zip(tracks, before, strict=True):
+                track.state = state
+        _restore(prepared, tracks[-1].state)
+        _log(prepared, choice, now, after if decision != "declined" else now, decision, reason, begun)
+        now = after if decision == "kept" else now
 
 
-def _attempt(
-    prepared: Prepared,
-    choice: StepChoice,
-    act: Callable[[], str],
-    measure: Callable[[], float],
-    undo: Callable[[], None],
-    before: float,
-    metric: str,
-) -> float:
-    """Do one step, keep it where it does no harm, and log it. Returns the measure of what is now."""
-    start = time.monotonic()
-    entry = {"step": choice.step, "options": dict(choice.options), "metric": metric, "before": _short(before)}
-    after = before
-    try:
-        reason = act()
-        after = measure()
-        decision = "kept"
-        if after < before - (0 if metric == TOP1 else HARM):
-            undo()
-            decision = "undone"
-    except Declined as declined:
-        undo()
-        decision, reason = "declined", str(declined)
-    gain = after - before if decision != "declined" else 0.0
-    entry |= {"after": _short(after), "gain": _short(gain), "decision": decision, "reason": reason}
-    prepared.log.append(entry | {"seconds": round(time.monotonic() - start, 2)})
-    return after if decision == "kept" else before
+def _tracks(prepared: Prepared, samples: Samples) -> list[_Track]:
+    """The simulations that steps go through; the last one is the model itself."""
+    state = _state(prepared)
+    folds = samples.folds()
+    if not folds:
+        return [_Track(samples.work, slice(None), "", state)]
+    tracks = []
+    for place, rows in enumerate(folds):
+        others = tuple(torch.cat([tensor[: rows.start], tensor[rows.stop :]]) for tensor in samples.held)
+        tracks.append(_Track(others, rows, f".fold{place}", state))
+    return [*tracks, _Track(samples.held, None, "", state)]
+
+
+def _advance(prepared: Prepared, step: Step, track: _Track, *, name: str, folder: Path | None, progress: StepProgress) -> str:
+    """Run `step` in one track; what was done, in words."""
+    _restore(prepared, track.state)
+    work = Work(prepared, track.samples, folder, progress)
+    work.step = name
+    reason = step.run(work)
+    track.state = _state(prepared, track.state)
+    return reason
+
+
+def _log(prepared: Prepared, choice: StepChoice, before: Measure, after: Measure, decision: str, reason: str, begun: float) -> None:
+    entry = {
+        "step": choice.step,
+        "options": dict(choice.options),
+        "metric": before.metric,
+        "before": _short(before.value),
+        "after": _short(after.value),
+        "gain": _short(after.gain(before)),
+        "decision": decision,
+        "reason": reason,
+    }
+    prepared.log.append(entry | {"seconds": round(time.monotonic() - begun, 2)})
 
 
 def _short(value: float) -> float:
     return round(value, 4)
 
 
-Scales = dict[Quantizer, Numbers]
-State = tuple[dict[str, Tensor], Scales, Scales, dict[str, Tensor]]
+@dataclass(frozen=True)
+class State:
+    """All numbers of a simulation."""
+
+    parameters: dict[str, Tensor]
+    scales: dict[Quantizer, Numbers]
+    chosen: dict[Quantizer, Numbers]
+    biases: dict[str, Tensor]
 
 
-def _state(prepared: Prepared) -> State:
-    """All numbers of the simulation."""
-    parameters = {name: p.detach().clone() for name, p in prepared.module.named_parameters()}
-    scales: Scales = {q: (q.scale, q.zero_point) for q in prepared.quantizers.values()}
-    return parameters, scales, dict(prepared.chosen), {path: bias.clone() for path, bias in prepared.biases.items()}
+def _state(prepared: Prepared, like: State | None = None) -> State:
+    """The numbers as they are; tensors that are those of `like` are shared with it."""
+
+    def kept(tensors: Iterable[tuple[str, Tensor]], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: known[name] if name in known and torch.equal(known[name], t) else t.detach().clone() for name, t in tensors}
+
+    return State(
+        parameters=kept(prepared.module.named_parameters(), like.parameters if like else {}),
+        scales={q: (q.scale, q.zero_point) for q in prepared.quantizers.values()},
+        chosen=dict(prepared.chosen),
+        biases=kept(prepared.biases.items(), like.biases if like else {}),
+    )
 
 
 def _restore(prepared: Prepared, state: State) -> None:
-    parameters, scales, chosen, biases = state
     with torch.no_grad():
         for name, parameter in prepared.module.named_parameters():
-            parameter.copy_(parameters[name])
+            parameter.copy_(state.parameters[name])
     for quantizer in prepared.quantizers.values():
-        quantizer.set(*scales[quantizer])
-    prepared.chosen, prepared.biases = dict(chosen), dict(biases)
+        quantizer.set(*state.scales[quantizer])
+    prepared.chosen = dict(state.chosen)
+    prepared.biases = {path: bias.clone() for path, bias in state.biases.items()}
 
 
 def open_folder(folder: Path, several: Sequence[Prepared], resume: bool) -> None:

@@ -47,7 +47,6 @@ class Prepared(nn.Module):
         recipe: Recipe,
         seed: int,
         quantizers: dict[str, Quantizer],
-        observers: Mapping[str, Observer],
     ):
         super().__init__()
         self.module = module
@@ -57,8 +56,8 @@ class Prepared(nn.Module):
         self.recipe = recipe
         self.seed = seed
         self.quantizers = quantizers
-        self.observers = observers
-        """What is seen of each group of activations."""
+        self.observers: Mapping[str, Observer] = {}
+        """What was seen of each group of activations, while the steps run."""
         self.following = plan.following
         self._floating = [captured.module]  # in a list, it is no part of the simulation
         self.chosen: dict[Quantizer, Numbers] = {}
@@ -167,9 +166,9 @@ class Prepared(nn.Module):
             return
         have = sum(len(kept[0]) for kept in self.reference)
         size = max(1, sum(t[:1].numel() * t.element_size() for t in batch))
-        room = min(REFERENCE_SAMPLES - have, max(1, REFERENCE_BYTES // size) - have)
-        if not self.captured.dynamic_batch:
-            room = len(batch[0]) if not self.reference else 0
+        unit = 1 if self.captured.dynamic_batch else self.batch_size
+        room = min(REFERENCE_SAMPLES, max(1, REFERENCE_BYTES // size)) - have
+        room = max(room // unit, 0 if have else 1) * unit
         if room > 0:
             self.reference.append(tuple(t[:room].detach().clone() for t in batch))
 
