@@ -2,8 +2,8 @@
 
 Its integer kernels take exactly this scheme: with int8 activations half of the convolutions stay unfused and run slower than in
 float. A quantizer follows every op, since a float tensor between two integer kernels costs two conversions.
-Softmax with the mask before it and layer norm with the sum before it stay in float: the integer kernel of the one is an approximation
-that no simulation can follow, and what enters the other has outliers that eight bits cannot hold.
+Softmax with what moves data or a mask before it, and layer norm with the sum before it, stay in float: the integer kernel of the one is
+an approximation, 44 dB from what the file says, and what enters the other has outliers that eight bits cannot hold.
 Source: ONNX Runtime documentation, "Quantize ONNX models"; formats of QDQ in the ONNX operator specification.
 """
 
@@ -21,6 +21,7 @@ ONNXRUNTIME = register(
         weight=QuantSpec(signed=True, symmetric=True, narrow=True, axis=0),
         bias="int32",
         rules=(
+            OpRule(ops=_SOFTMAX, stay_float=True),
             OpRule(ops=MOVE | MAX_POOL, inputs=True, output=True, share=True),
             OpRule(ops=COMPUTE | ARITHMETIC | (ACTIVATION - _SOFTMAX) | MEAN_POOL, inputs=True, output=True),
         ),

@@ -3,7 +3,8 @@
 Every tensor is encoded. Weights may have 4 bits and activations 16. Convolutions, transposed ones too, have a scale for each output
 channel, linear layers one for the whole weight: the converter's per-channel option is for convolutions only, and AIMET leaves Gemm and
 MatMul per tensor as well. Biases are int32 at input scale x weight scale. Max pooling and ops that only move data keep the encoding of
-their input; a relu is computed with the layer or add before it.
+their input; a relu is computed with the layer or add before it. What a softmax or a sigmoid makes keeps an encoding of its own through
+a concat, as for `snpe`.
 
 Written: a float model.onnx and model.encodings, in one of three versions (`qdeploy.formats.qualcomm`).
 No public document says which release of QAIRT was the first
@@ -13,7 +14,7 @@ Quantization Specification" and the help of qairt-quantizer (--use_per_channel_q
 """
 
 from qdeploy.core.backend import Backend, Format, Fusion, OpRule, register
-from qdeploy.core.ops import COMPUTE, EVERY, MAX_POOL, MOVE
+from qdeploy.core.ops import COMPUTE, EVERY, FIXED_RANGE, MAX_POOL, MOVE
 from qdeploy.core.spec import QuantSpec
 from qdeploy.formats.qualcomm import COMMAND, ENCODINGS, write_0_6_1, write_1_0_0, write_2_0_0
 
@@ -32,6 +33,7 @@ QNN = register(
             OpRule(ops=EVERY, inputs=True, output=True),
         ),
         fuse=(Fusion(heads=COMPUTE | frozenset({"add"}), tails=frozenset({"relu", "relu6"})),),
+        fixed_range=FIXED_RANGE,
         weight_bits=(4, 8),
         activation_bits=(8, 16),
         formats=tuple(

@@ -40,7 +40,7 @@ from qdeploy.recipes.calibration_pass import observe, observer_of
 from qdeploy.recipes.distill import distill
 from qdeploy.recipes.presets import find_recipe
 from qdeploy.simulation.insert import insert_quantizers
-from qdeploy.simulation.plan import Plan, Widths, make_plan
+from qdeploy.simulation.plan import Plan, Tail, Widths, check_tail, make_plans
 from qdeploy.simulation.prepared import Prepared
 from qdeploy.verification.verify import Report, verify_artifact
 
@@ -59,6 +59,7 @@ class Options(TypedDict, total=False):
     weight_scheme: str | None
     activation_scheme: str | None
     dynamic: Dynamic | None
+    tail: Tail
 
 
 def prepare(
@@ -73,18 +74,22 @@ def prepare(
     weight_scheme: str | None = None,
     activation_scheme: str | None = None,
     dynamic: Dynamic | None = None,
+    tail: Tail = "auto",
 ) -> Prepared:
     """Capture `model`, fold its batch norms, plan for `backend` and insert the quantizers; `model` itself is not changed.
 
     `example_inputs` is a tensor, a tuple of tensors or a mapping from input names to tensors, with any batch size (None for an
     ExportedProgram). `first_last_bits` is the weight width of the first and the last layer. The schemes are words such as "int4
     symmetric per-channel", for backends that leave the choice. `dynamic` names further dimensions whose size may vary, such as
-    `{"x": {2: "height", 3: "width"}}`; see `qdeploy.capture.inputs`. Raises `CaptureError`, `OptionError` or `InputError`.
+    `{"x": {2: "height", 3: "width"}}`; see `qdeploy.capture.inputs`. `tail` says what becomes of the ops behind the last layers: they
+    are "quantized" like the rest, or stay in "float"; "auto" decides by what calibration finds. Raises `CaptureError`,
+    `OptionError` or `InputError`.
     """
     widths = Widths(weight=weight_bits, activation=activation_bits, first_last=first_last_bits)
     target = with_schemes(find_backend(backend), weight_scheme, activation_scheme)
     chosen = find_recipe(recipe)  # before the work of a capture
-    return _prepare(capture(model, example_inputs, dynamic), (target,), chosen, widths, seed)[0]
+    check_tail(tail)
+    return _prepare(capture(model, example_inputs, dynamic), (target,), chosen, widths, seed, tail)[0]
 
 
 def prepare_all(
@@ -97,19 +102,22 @@ def prepare_all(
         weight=options.get("weight_bits"), activation=options.get("activation_bits"), first_last=options.get("first_last_bits")
     )
     chosen = find_recipe(options.get("recipe", "default"))
+    tail = check_tail(options.get("tail", "auto"))
     captured = capture(model, example_inputs, options.get("dynamic"))
-    return _prepare(captured, targets, chosen, widths, options.get("seed", 0))
+    return _prepare(captured, targets, chosen, widths, options.get("seed", 0), tail)
 
 
-def _prepare(captured: Captured, targets: tuple[Backend, ...], recipe: Recipe, widths: Widths, seed: int) -> tuple[Prepared, ...]:
+def _prepare(
+    captured: Captured, targets: tuple[Backend, ...], recipe: Recipe, widths: Widths, seed: int, tail: Tail
+) -> tuple[Prepared, ...]:
     step_runner.check_steps(recipe)
     fold.fold(captured.module, with_biases=any(step.needs_biases for step in step_runner.made_steps(recipe)))
     _check_finite(captured.module)
-    plans = [make_plan(captured.module, target, widths) for target in targets]
-    return tuple(_prepared(captured, plan, target, recipe, seed) for plan, target in zip(plans, targets, strict=True))
+    plans = [make_plans(captured.module, target, widths, tail) for target in targets]
+    return tuple(_prepared(captured, *pair, target, recipe, seed) for pair, target in zip(plans, targets, strict=True))
 
 
-def _prepared(captured: Captured, plan: Plan, target: Backend, recipe: Recipe, seed: int) -> Prepared:
+def _prepared(captured: Captured, plan: Plan, alternative: Plan | None, target: Backend, recipe: Recipe, seed: int) -> Prepared:
     """One target's simulation, with parameters of its own."""
     if not any(tensor.role == "weight" and tensor.spec for tensor in plan.tensors):
         ops = ", ".join(sorted({tensor.op for tensor in plan.tensors if tensor.role == "activation"}))
@@ -117,7 +125,7 @@ def _prepared(captured: Captured, plan: Plan, target: Backend, recipe: Recipe, s
     _check_float32(captured.module, plan)
     module = edit.copy(captured.module, own_parameters=True)
     quantizers = insert_quantizers(module, plan)
-    return Prepared(captured, module, plan, target, recipe, seed, quantizers)
+    return Prepared(captured, module, plan, target, recipe, seed, quantizers, alternative)
 
 
 def _check_float32(module: fx.GraphModule, plan: Plan) -> None:
@@ -224,7 +232,7 @@ def convert(prepared: Prepared, out: str | Path, file_format: str | None = None)
         files |= {name: text.encode() for name, text in written.items()}
     reference = _reference(prepared)
     files[artifact.REFERENCE] = artifact.npz(reference)
-    notes = [*prepared.captured.notes, *note, *_open_sizes(prepared), *prepared.warnings(reference)]
+    notes = [*prepared.captured.notes, *prepared.notes, *note, *_open_sizes(prepared), *prepared.warnings(reference)]
     made = {"notes": notes, "float_bytes": float_bytes}
     return artifact.write(out, files, _origin(prepared, form) | made | _tensors(prepared, encodings))
 
@@ -253,6 +261,7 @@ def _tensors(prepared: Prepared, encodings: Sequence[Encoding]) -> dict[str, Any
     return {
         "inputs": [asdict(spec) for spec in prepared.captured.inputs],
         "outputs": outputs.names(prepared.captured.module),
+        "device_outputs": emit.device_outputs(prepared),
         "tie_free": prepared.plan.tie_free,
         "planned": [tensor.tensor for tensor in prepared.plan.quantized],
         "float": {tensor.tensor: tensor.reason for tensor in prepared.plan.tensors if tensor.spec is None},

@@ -142,7 +142,7 @@ def test_a_step_that_is_kept_for_one_target_and_undone_for_another_spoils_neithe
         assert files(tmp_path / "several" / name) == files(tmp_path / name)
 
 
-RECIPES = ("default", "plain", "fast", "percentile", "kl", "gptq", "data_free")
+RECIPES = ("default", "plain", "fast", "percentile", "gptq", "data_free")
 
 
 @pytest.mark.slow
@@ -154,16 +154,7 @@ def test_the_artifacts_of_a_joint_run_are_those_of_single_runs(seed: int, tmp_pa
     name, recipe = kinds[seed % len(kinds)], RECIPES[int(random.integers(len(RECIPES)))]
     targets = [str(target) for target in random.permutation(backends.names())[: int(random.integers(2, 5))]]
     model, data = networks.uneven() if name == "uneven" else (networks.network(name), networks.batches(name))
-    try:
-        qdeploy.quantize(model, data, targets, tmp_path / "several", recipe=recipe)
-    except QDeployError as refused:  # such as KL for few bits, for one of them
-        for target in targets:
-            try:
-                qdeploy.quantize(model, data, target, tmp_path / target, recipe=recipe)
-            except QDeployError as alone:
-                assert str(alone) == str(refused)
-                return
-        raise
+    qdeploy.quantize(model, data, targets, tmp_path / "several", recipe=recipe)
     for target in targets:
         qdeploy.quantize(model, data, target, tmp_path / target, recipe=recipe)
         assert files(tmp_path / "several" / target) == files(tmp_path / target), (name, recipe, target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -178,7 +179,7 @@ def test_of_the_ranges_that_a_recipe_names_the_best_are_where_its_steps_start():
 def test_every_step_starts_from_the_measure_that_the_last_one_left():
     log = qdeploy.calibrate(networks.fresh("residual", "snpe", recipe="default"), networks.batches("residual")).log
     assert [entry["step"] for entry in log] == ["start", "equalize", "ranges", "bias_correction"]
-    for last, entry in zip(log, log[1:], strict=False):
+    for last, entry in pairwise(log):
         assert entry["before"] == (last["after"] if last["decision"] == "kept" else last["before"])
 
 

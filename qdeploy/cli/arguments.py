@@ -37,6 +37,9 @@ Shape = Annotated[list[str] | None, typer.Option("--input-shape", help="such as 
 DynamicSizes = Annotated[
     list[str] | None, typer.Option("--dynamic", help="a dimension that stays open, INPUT:DIMENSION=NAME, as x:2=height; repeatable")
 ]
+TailOption = Annotated[
+    str, typer.Option("--tail", help="what is behind the last layers: auto, float or quantized; auto keeps parts of a concat apart")
+]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="unpickle a model file that you trust; this runs its code")]
 Mean = Annotated[str | None, typer.Option("--mean", help="of images in [0, 1], per channel: 0.485,0.456,0.406")]
 Std = Annotated[str | None, typer.Option("--std", help="of images in [0, 1], per channel: 0.229,0.224,0.225")]

@@ -32,6 +32,7 @@ from qdeploy.cli.arguments import (
     RuntimeNames,
     Shape,
     Std,
+    TailOption,
     WeightBits,
     WeightScheme,
 )
@@ -71,6 +72,7 @@ def quantize(
     arch: Arch = None,
     input_shape: Shape = None,
     dynamic: DynamicSizes = None,
+    tail: TailOption = "auto",
     out: Annotated[Path, typer.Option(help="the folder to write; with several targets, of their folders")] = Path("out"),
     seed: Annotated[int, typer.Option(help="of the choice of samples, and of everything random")] = 0,
     allow_pickle: Pickle = False,
@@ -92,6 +94,7 @@ def quantize(
     from qdeploy import api
     from qdeploy.core.targets import find_backends
     from qdeploy.files.data import open_data
+    from qdeploy.simulation.plan import check_tail
 
     console = Console(as_json, quiet)
     targets = find_backends(backend)
@@ -119,6 +122,7 @@ def quantize(
             weight_scheme=weight_scheme,
             activation_scheme=activation_scheme,
             dynamic=opened,
+            tail=check_tail(tail),
         )
         arguments.check_batch(calibration, specs)
         with silence_torch():
@@ -284,12 +288,14 @@ def inspect(
     arch: Arch = None,
     input_shape: Shape = None,
     dynamic: DynamicSizes = None,
+    tail: TailOption = "auto",
     allow_pickle: Pickle = False,
     as_json: Json = False,
 ) -> None:
     """Print the plan: how each tensor of MODEL is quantized for a target, or why it is not."""
     from qdeploy import api
     from qdeploy.core.targets import find_backend
+    from qdeploy.simulation.plan import check_tail
 
     target = find_backend(backend)
     opened = arguments.dynamic_sizes(dynamic, input_shape)
@@ -307,10 +313,15 @@ def inspect(
             weight_scheme,
             activation_scheme,
             opened,
+            check_tail(tail),
         )
     columns = ("tensor", "role", "op", "scheme", "reason")
     rows = [dict(zip(columns, row, strict=True)) for row in prepared.plan.rows()]
-    Console(as_json, False).show({"backend": target.name, "tensors": rows}, lambda: print(prepared.plan))
+    other = prepared.alternative
+    shown = {"backend": target.name, "tensors": rows, "cuts": list(prepared.plan.cuts)}
+    Console(as_json, False).show(shown, lambda: print(prepared.plan))
+    if other is not None and not as_json:
+        print("where a concat behind the last layers would lose a part, as calibration finds, what is behind them is kept apart")
 
 
 @app.command()

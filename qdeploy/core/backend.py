@@ -36,8 +36,9 @@ class OpRule:
     """What a target does at some ops.
 
     inputs: the tensors that enter are quantized. output: the tensor that leaves is quantized. share: the output carries the
-    encoding of the input, or of all inputs together. align: the inputs have one encoding, the output its own. weight: the weight's
-    spec, where it is not the backend's. only: the rule is for convolutions of this geometry.
+    encoding of the input, or of all inputs together. align: the inputs have one encoding, the output its own. stay_float: what enters
+    is never quantized on its account, nor what only moves data to such ops. weight: the weight's spec, where it is not the backend's.
+    only: the rule is for convolutions of this geometry.
     """
 
     ops: frozenset[str]
@@ -45,6 +46,7 @@ class OpRule:
     output: bool = False
     share: bool = False
     align: bool = False
+    stay_float: bool = False
     weight: QuantSpec | None = None
     only: Geometry | None = None
 
@@ -122,8 +124,9 @@ class Backend:
     "skip" branch, when the other one ends in a convolution, and none behind a linear layer. average: "shift" where average pooling
     multiplies and shifts instead of dividing (see `arith.shift_average`). weight_bits, activation_bits: the widths that a user may
     choose. first_last_bits: the width of the first and last layer's weights and inputs, where it is not the others'. weight_schemes:
-    other specs of weights that a user may choose. any_scheme: the user may choose any specs. formats: default first. runtimes: where
-    the artifact can be checked here, as NAME or NAME:VARIANT. vendor_runtime: the one of them that is the vendor's own. sources:
+    other specs of weights that a user may choose. fixed_range: ops whose output has the range of their function, whatever is behind
+    them: through a concat they do not share an encoding. any_scheme: the user may choose any specs. formats: default first. runtimes:
+    where the artifact can be checked here, as NAME or NAME:VARIANT. vendor_runtime: the one of them that is the vendor's own. sources:
     where the facts are from.
     """
 
@@ -140,12 +143,18 @@ class Backend:
     activation_bits: tuple[int, ...] = (8,)
     first_last_bits: int | None = None
     weight_schemes: tuple[QuantSpec, ...] = ()
+    fixed_range: frozenset[str] = frozenset()
     any_scheme: bool = False
     formats: tuple[Format, ...] = (QDQ,)
     opset: int = 21
     runtimes: tuple[str, ...] = ("onnxruntime",)
     vendor_runtime: str = ""
     sources: tuple[str, ...] = ()
+
+    @property
+    def encodes_all(self) -> bool:
+        """Whether every tensor has an encoding, since the target computes every op with integers."""
+        return self.activation.linear and any(rule.ops == EVERY for rule in self.rules)
 
     def rule(self, op: str, shape: Geometry | None = None) -> OpRule | None:
         """The first rule that names `op`, or every op, and admits its shape; None where the target leaves the op in float."""

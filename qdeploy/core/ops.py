@@ -107,6 +107,8 @@ MAX_POOL = frozenset(name for name in POOL if "max_pool" in name)
 MEAN_POOL = POOL - MAX_POOL
 CONVOLUTION = frozenset(name for name in COMPUTE if name.startswith("conv"))
 WEIGHTED = frozenset(op.name for op in OPS.values() if op.weight is not None)
+FIXED_RANGE = frozenset({"softmax", "sigmoid", "hardsigmoid", "tanh"})
+"""Ops whose outputs have a range by their function: from 0 to 1, or from -1 to 1."""
 EVERY = frozenset({"*"})
 """In a backend's rule: whatever op there is, also ones that the table does not know."""
 

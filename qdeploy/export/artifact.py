@@ -3,6 +3,7 @@
     model.onnx       what the target's toolchain reads
     <scale files>    the target's own format
     model.sim.onnx   the same numerics in standard ONNX, where model.onnx alone does not quantize
+    tail.onnx        what follows where model.onnx ends before the model does, in float, to be run on the host
     reference.npz    inputs, float outputs and simulated outputs of some calibration samples, for `verify`
     qdeploy.json     the manifest: backend, recipe, seed, versions, every encoding, the hashes of all files, verify's results
 
@@ -30,8 +31,9 @@ from qdeploy.export.manifest import MANIFEST, render, sealed, sha256
 
 MODEL = "model.onnx"
 SIMULATION = "model.sim.onnx"
+TAIL = "tail.onnx"
 REFERENCE = "reference.npz"
-_NEEDED = ("runtimes", "float_bytes", "inputs", "outputs", "tie_free", "planned", "encodings")
+_NEEDED = ("runtimes", "float_bytes", "inputs", "outputs", "device_outputs", "tie_free", "planned", "encodings")
 """What `verify` reads from a manifest."""
 
 Arrays = dict[str, NDArray[Any]]
@@ -74,8 +76,18 @@ class Artifact:
     def _wrong(self) -> list[str]:
         """The fields that are not of the form that they are written in. Raises all kinds for what has no form at all."""
         specs = self.specs
-        lists = [key for key in ("inputs", "outputs", "planned", "runtimes", "encodings") if not isinstance(self.manifest[key], list)]
-        texts = [*(spec.name for spec in specs), *self.outputs, *self.manifest["planned"], *self.manifest["runtimes"]]
+        lists = [
+            key
+            for key in ("inputs", "outputs", "device_outputs", "planned", "runtimes", "encodings")
+            if not isinstance(self.manifest[key], list)
+        ]
+        texts = [
+            *(spec.name for spec in specs),
+            *self.outputs,
+            *self.device_outputs,
+            *self.manifest["planned"],
+            *self.manifest["runtimes"],
+        ]
         sizes = [size for spec in specs for size in spec.shape]
         fits = {
             "inputs": specs and all(size is None or (isinstance(size, int) and size > 0) for size in sizes),
@@ -102,6 +114,16 @@ class Artifact:
     def simulation(self) -> Path:
         """The ONNX file that quantizes: model.sim.onnx where there is one."""
         return self.path / (SIMULATION if SIMULATION in self.manifest["files"] else MODEL)
+
+    @property
+    def tail(self) -> Path | None:
+        """What is to be run on the host behind `model`, if it ends before the model does."""
+        return self.path / TAIL if TAIL in self.manifest["files"] else None
+
+    @property
+    def device_outputs(self) -> list[str]:
+        """Names of the outputs of `model`: those of the model, but where a `tail` makes them."""
+        return list(self.manifest["device_outputs"])
 
     @property
     def inputs(self) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import rewriter
 from onnxscript.rewriter import MatchResult
 from torch import fx
@@ -60,6 +61,10 @@ def files(prepared: Prepared, form: Format, encodings: Sequence[Encoding]) -> tu
     else:
         model = half_precision(to_bytes(float_view(exported, prepared, encodings)))
     made = {artifact.MODEL: model}
+    if prepared.plan.cuts:
+        made[artifact.TAIL] = to_bytes(tail_view(exported, prepared))
+        names = ", ".join(prepared.plan.cuts)
+        notes.append(f"{artifact.MODEL} ends at {names}: run {artifact.TAIL} on the host, in float, for what is behind")
     return made if model == literal else made | {artifact.SIMULATION: literal}, len(plain), notes
 
 
@@ -122,6 +127,32 @@ def float_view(exported: ir.Model, prepared: Prepared, clip: Sequence[Encoding] 
     for marker in edge_markers.find(model):
         _bypass(model, marker)
     model.opset_imports.pop(DOMAIN, None)
+    return model
+
+
+def device_outputs(prepared: Prepared) -> list[str]:
+    """Names of the outputs of model.onnx: those of the model that are made in it, then the tensors where it is cut."""
+    nodes = dict(zip(outputs.names(prepared.captured.module), query.outputs(prepared.captured.module.graph), strict=True))
+    return [name for name, node in nodes.items() if query.tensor_name(node) not in prepared.plan.host] + list(prepared.plan.cuts)
+
+
+def tail_view(exported: ir.Model, prepared: Prepared) -> ir.Model:
+    """What lies behind the cuts of the plan, in float: from the tensors there to the outputs of the model."""
+    model = _with_parameters(exported, prepared)
+    for marker in edge_markers.find(model):
+        _bypass(model, marker)
+    model.opset_imports.pop(DOMAIN, None)
+    named = {str(value.name): value for value in edge_markers.values(model)}
+    for cut in prepared.plan.cuts:
+        made = named[cut]
+        entry = ir.Value(name=cut, shape=made.shape, type=made.type)
+        made.replace_all_uses_with(entry)
+        made.name = f"{cut}_device"
+        model.graph.inputs.append(entry)
+    device = set(device_outputs(prepared))
+    model.graph.outputs[:] = [value for value in model.graph.outputs if value.name not in device]
+    RemoveUnusedNodesPass()(model)
+    model.graph.inputs[:] = [value for value in model.graph.inputs if value.uses()]
     return model
 
 
@@ -200,7 +231,24 @@ def _replace(model: ir.Model, marker: ir.Node, value: ir.Value, tensor: str) -> 
 
 
 def _fresh_copy(exported: ir.Model, prepared: Prepared) -> ir.Model:
-    """A copy of an export with the parameters of `prepared`."""
+    """A copy of an export with the parameters of `prepared`, which ends where its plan does."""
+    model = _with_parameters(exported, prepared)
+    host, cuts = set(prepared.plan.host), list(prepared.plan.cuts)
+    if not cuts:
+        return model
+    ends: dict[str, ir.Value] = {}
+    for marker in edge_markers.find(model):
+        tensor = edge_markers.text(marker, "tensor")
+        if tensor in cuts and tensor not in ends and edge_markers.text(marker, "reader") in host:
+            end = ends[tensor] = marker.outputs[0]
+            end.name, end.shape, end.type = tensor, marker.inputs[0].shape, marker.inputs[0].type  # type: ignore[union-attr]
+    kept = [value for value in model.graph.outputs if value.name in device_outputs(prepared)]
+    model.graph.outputs[:] = [*kept, *(ends[cut] for cut in cuts)]
+    RemoveUnusedNodesPass()(model)
+    return model
+
+
+def _with_parameters(exported: ir.Model, prepared: Prepared) -> ir.Model:
     model = exported.clone()
     for marker in edge_markers.find(model):
         raw = marker.inputs[0]

@@ -17,7 +17,7 @@ from typing import Any
 
 from qdeploy.core.errors import ArtifactError, one_line
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "qdeploy.json"
 _HASHES, _SEAL = "hashes", "sha256"
 

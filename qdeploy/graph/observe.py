@@ -38,15 +38,41 @@ class ObserverTap(nn.Module):
                 observer.update(rows, low, high)
 
 
-def insert_observers(module: fx.GraphModule, observers: Mapping[str, Sequence[Observer]]) -> fx.GraphModule:
-    """A copy of the float graph `module` in which the tensors that `observers` names show themselves."""
+class WidthTap(nn.Module):
+    """Measures from where to where the finite values of a tensor reach, 0 included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low = self.high = 0.0
+
+    def forward(self, x: Tensor) -> None:
+        """Take in a batch."""
+        values = x.detach()[x.detach().isfinite()]
+        if values.numel():
+            self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
+
+    @property
+    def width(self) -> float:
+        """The length of the range."""
+        return self.high - self.low
+
+
+def insert_observers(
+    module: fx.GraphModule, observers: Mapping[str, Sequence[Observer]], widths: Mapping[str, WidthTap] | None = None
+) -> fx.GraphModule:
+    """A copy of the float graph `module` in which the tensors that `observers` and `widths` name show themselves."""
     copy = edit.copy(module)
     copy.add_module(FOLDER, nn.Module())
     for node in list(copy.graph.nodes):
         name = query.tensor_name(node)
+        taps: list[nn.Module] = []
         if node.op in ("placeholder", "call_function") and name in observers:
+            taps.append(ObserverTap(name, observers[name], "masked" in node.meta))
+        if node.op in ("placeholder", "call_function") and name in (widths or {}):
+            taps.append((widths or {})[name])
+        for tap in taps:
             path = f"{FOLDER}.t{len(copy.get_submodule(FOLDER)._modules)}"
-            copy.add_submodule(path, ObserverTap(name, observers[name], "masked" in node.meta))
+            copy.add_submodule(path, tap)
             with copy.graph.inserting_after(node):
                 copy.graph.call_module(path, (node,))
     copy.recompile()

@@ -15,13 +15,13 @@ from qdeploy.core.progress import SampleProgress, StepProgress
 from qdeploy.core.recipe import Choice, Recipe
 from qdeploy.core.spec import QuantSpec, Role
 from qdeploy.graph.flow import TensorStore
-from qdeploy.graph.observe import insert_observers
+from qdeploy.graph.observe import WidthTap, insert_observers
 from qdeploy.numerics.multi_observer import MultiObserver
 from qdeploy.numerics.observer import Observer, make_observer
 from qdeploy.recipes import step_runner
 from qdeploy.recipes.step_runner import Samples, States
 from qdeploy.simulation.insert import observed_tensors
-from qdeploy.simulation.plan import Plan
+from qdeploy.simulation.plan import Plan, tail_concats
 from qdeploy.simulation.prepared import Prepared
 
 HELD = 256
@@ -211,15 +211,24 @@ def _observing(several: Sequence[Prepared], states: Sequence[States]) -> list[fx
     graphs: dict[int, fx.GraphModule] = {}
     shared: dict[int, dict[object, Observer]] = {}
     shown: dict[int, dict[str, list[Observer]]] = {}
+    widths: dict[int, dict[str, WidthTap]] = {}
     for one, own in zip(several, states, strict=True):
-        for state in own.values():
+        for applied, state in own.items():
             if state.graph is None:
                 continue
             key = id(state.graph)
             graphs[key] = state.graph
             state.observers = make_observers(one.plan, one.recipe, shared.setdefault(key, {}))
             _add_by_tensor(shown.setdefault(key, {}), one.plan, state.observers)
-    return [insert_observers(graph, shown[key]) for key, graph in graphs.items()]
+            if one.alternative is None:
+                continue
+            state.others = make_observers(one.alternative, one.recipe, shared[key])
+            _add_by_tensor(shown[key], one.alternative, state.others)
+            if not applied:  # what a concat puts together in the model as it is
+                found = widths.setdefault(key, {})
+                parts = [part for parts in tail_concats(state.graph).values() for part in parts]
+                state.widths = {part: found.setdefault(part, WidthTap()) for part in parts}
+    return [insert_observers(graph, shown[key], widths.get(key)) for key, graph in graphs.items()]
 
 
 def _add_by_tensor(found: dict[str, list[Observer]], plan: Plan, observers: Mapping[str, Observer]) -> None:

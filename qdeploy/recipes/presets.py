@@ -13,8 +13,8 @@
     samples = 128
 
 Each [[start]] are ranges of all activations that are tried beside those of [activation]. What a file leaves out is as in the recipe
-`default`, but with an [activation] of its own no other ranges are tried. Every observer's name is also a recipe: that observer for the activations, min-max
-for the weights, no steps.
+`default`, but with an [activation] of its own no other ranges are tried. Every observer's name is also a recipe: that observer for the
+activations, min-max for the weights, no steps.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -27,12 +28,14 @@ from qdeploy.core.recipe import Choice, Recipe, StepChoice
 from qdeploy.core.spec import QuantSpec, Role
 from qdeploy.core.version import __version__
 from qdeploy.graph import edit, query
+from qdeploy.graph.observe import WidthTap
 from qdeploy.numerics.multi_observer import MultiObserver
-from qdeploy.numerics.observer import Observer, make_observer
+from qdeploy.numerics.observer import Observer
 from qdeploy.numerics.quantizer import Quantizer
 from qdeploy.recipes.judge import Judge, Measure
 from qdeploy.recipes.step import Declined, Stage, Step, Work, make_step
 from qdeploy.simulation.insert import Numbers
+from qdeploy.simulation.plan import tail_concats
 from qdeploy.simulation.prepared import Prepared
 
 PREVIEW = 64
@@ -41,6 +44,8 @@ FOLDS = 4
 """How many parts a few samples are cut into."""
 MOST_FLOAT_STEPS = 3
 """Each of them doubles the graphs that are observed."""
+UNEVEN = 4.0
+"""Parts of a concat whose ranges differ by more lose 2 of their bits in one encoding."""
 FINGERPRINT = "run.json"
 
 
@@ -91,6 +96,10 @@ class FloatState:
     reason: str = ""
     seconds: float = 0.0
     observers: Mapping[str, Observer] = field(default_factory=dict)
+    others: Mapping[str, Observer] = field(default_factory=dict)
+    """Those of the alternative plan, where there is one."""
+    widths: Mapping[str, WidthTap] = field(default_factory=dict)
+    """How wide the parts of the concats behind the last layers are."""
 
 
 States = dict[tuple[int, ...], FloatState]
@@ -158,7 +167,7 @@ class Samples:
         units = len(self.held[0]) // self.unit
         count = min(FOLDS, units) if self.few else 0
         bounds = [units * place // count * self.unit for place in range(count + 1)] if count > 1 else []
-        return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+        return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
 @dataclass
@@ -183,6 +192,7 @@ def settle(
 
     Finished parts of long steps are kept in `folder`.
     """
+    _choose_tail(prepared, states)
     _freeze(prepared, states[()], None, observer_of)
     if samples is None:
         return
@@ -190,6 +200,27 @@ def settle(
     now, start = _start(prepared, states[()], judge, observer_of)
     now = _choose_graph(prepared, states, start, now, judge, observer_of)
     _run_simulation_steps(prepared, samples, judge, now, folder, progress)
+
+
+def _choose_tail(prepared: Prepared, states: States) -> None:
+    """Take the alternative plan where one encoding of a concat behind the last layers would lose one of its parts."""
+    if prepared.alternative is None:
+        return
+    lost = {}
+    for concat, parts in tail_concats(prepared.captured.module).items():
+        widths = {part: states[()].widths[part].width for part in parts if part in states[()].widths}
+        least, most = min(widths.values(), default=0.0), max(widths.values(), default=0.0)
+        if 0 < least < most / UNEVEN:
+            lost[concat] = f"{concat} puts together " + " and ".join(
+                f"{part} (a range of {width:.3g})" for part, width in widths.items()
+            )
+    if not lost:
+        return
+    prepared.take_plan(prepared.alternative)
+    for state in states.values():
+        state.observers = state.others
+    where = "stays in float" if not prepared.plan.cuts else "is cut off"
+    prepared.notes.append(f"the tail of the network {where}, since one encoding would lose a part: {'; '.join(lost.values())}")
 
 
 def _freeze(prepared: Prepared, state: FloatState, start: Choice | None, observer_of: Callable[[Role, QuantSpec], Observer]) -> None:

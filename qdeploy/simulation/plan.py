@@ -8,19 +8,28 @@ Placement, in the order in which it is decided:
 4. Ops that share (reshape, max pooling, concat ...) carry one encoding through; a need for it travels up to where the values arise.
 5. A layer whose input is quantized has a quantized weight, and a bias as the backend says.
 6. Where the backend widens the first and the last layer, the tensors that they read are widened as well.
+7. Through a concat, ops whose range is fixed by their function keep an encoding of their own where the backend says so.
+8. The tail is what lies behind the last layers. It is quantized like the rest, or stays in float: a concat of boxes and scores has one
+   encoding, in which the smaller part is lost. A target that computes all in integers gets a file that ends before the first such
+   concat, at `cuts`; what is behind, `host`, runs in float elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from torch import Tensor, fx
 
 from qdeploy.core.backend import Backend, OpRule
+from qdeploy.core.errors import OptionError, unknown_name
 from qdeploy.core.ops import COMPUTE, CONVOLUTION, EVERY
 from qdeploy.core.spec import QuantSpec, Role
 from qdeploy.graph import query
+
+Tail = Literal["auto", "float", "quantized"]
+"""What becomes of the tail: `auto` keeps it in float where a part of a concat would be lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,14 +58,17 @@ class Plan:
     """All decisions for one model and one backend, in the order of the graph.
 
     `tie_free` says whether every sum is one of integers that `ties` can keep off the ties of rounding: all grids are linear, and no op
-    passes its result on in float, but to one that is fused with it. `share` is that of the multiply-accumulates whose operands are both
-    quantized.
+    passes its result on in float to one whose result is quantized again, but to one that is fused with it. `share` is that of the
+    multiply-accumulates whose operands are both quantized. `cuts` are the tensors where the target's file ends, and `host` those that
+    are made from them elsewhere; both are empty where the file is whole.
     """
 
     backend: str
     tensors: tuple[TensorPlan, ...]
     tie_free: bool
     share: float
+    cuts: tuple[str, ...] = ()
+    host: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> tuple[TensorPlan, ...]:
@@ -77,7 +89,8 @@ class Plan:
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
         count = f"{len(self.quantized)} of {len(self.tensors)} tensors quantized, {100 * self.share:.1f} % of multiply-accumulates"
-        return "\n".join([f"plan for {self.backend}: {count}", *lines])
+        ends = [f"the file ends at {', '.join(self.cuts)}; what is behind runs in float on the host"] if self.cuts else []
+        return "\n".join([f"plan for {self.backend}: {count}", *lines, *ends])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +102,58 @@ class Widths:
     first_last: int | None = None
 
 
-def make_plan(module: fx.GraphModule, backend: Backend, widths: Widths | None = None) -> Plan:
-    """The plan for a captured and folded graph; `OptionError` for bit widths that the backend has not."""
-    return _Planner(module, backend, widths or Widths()).plan()
+def make_plan(module: fx.GraphModule, backend: Backend, widths: Widths | None = None, tail: Tail = "quantized") -> Plan:
+    """The plan for a captured and folded graph; `OptionError` for bit widths that the backend has not.
+
+    `tail` "auto" keeps parts of concats behind the last layers apart: all of the tail stays in float, or, where the target computes
+    all in integers, what is behind such a concat. "float" keeps all of the tail in float everywhere.
+    """
+    return _Planner(module, backend, widths or Widths(), tail).plan()
+
+
+def make_plans(module: fx.GraphModule, backend: Backend, widths: Widths, tail: Tail) -> tuple[Plan, Plan | None]:
+    """The plan to begin with, and with `tail` "auto" the one to take where calibration shows that parts of concats differ, if any."""
+    if tail != "auto":
+        return make_plan(module, backend, widths, tail), None
+    plan = make_plan(module, backend, widths)
+    if not tail_concats(module):
+        return plan, None
+    try:
+        other = make_plan(module, backend, widths, "auto")
+    except OptionError:  # the tail cannot run apart
+        return plan, None
+    same = [replace(t, reason="") for t in plan.tensors] == [replace(t, reason="") for t in other.tensors]
+    return plan, None if same else other
+
+
+def check_tail(tail: str) -> Tail:
+    """`tail` as one of the words; `OptionError` otherwise."""
+    if tail not in get_args(Tail):
+        raise unknown_name("tail", tail, get_args(Tail))
+    found: Tail = tail  # type: ignore[assignment]
+    return found
+
+
+def tail_concats(module: fx.GraphModule) -> dict[str, tuple[str, ...]]:
+    """The concats behind the last layers by the tensor that each makes, with the tensors that they put together."""
+    found = {}
+    for node in _tail([n for n in module.graph.nodes if n.op == "call_function"]):
+        parts = [source for source in node.all_input_nodes if query.is_float(source)]
+        if query.op_of(node).name == "concat" and query.is_float(node) and len(parts) > 1:
+            found[query.tensor_name(node)] = tuple(query.tensor_name(part) for part in parts)
+    return found
+
+
+def _tail(calls: Iterable[fx.Node]) -> list[fx.Node]:
+    """The `calls` that no layer or matrix product reads, directly or by others, and that are none themselves."""
+    read: set[fx.Node] = set()
+    tail = []
+    for node in reversed(list(calls)):
+        if query.op_of(node).kind == "compute" or any(user in read for user in node.users):
+            read.add(node)
+        else:
+            tail.append(node)
+    return tail[::-1]
 
 
 class _Groups:
@@ -113,7 +175,7 @@ class _Groups:
 
 
 class _Planner:
-    def __init__(self, module: fx.GraphModule, backend: Backend, widths: Widths):
+    def __init__(self, module: fx.GraphModule, backend: Backend, widths: Widths, tail: Tail):
         self.backend = backend
         self.widths = widths
         self.nodes = list(module.graph.nodes)
@@ -129,6 +191,12 @@ class _Planner:
         self.edges: dict[tuple[fx.Node, fx.Node], str] = {}
         self.made: dict[fx.Node, str] = {}
         self.notes: dict[fx.Node, str] = {}
+        self.apart: set[fx.Node] = set()
+        """Concats that do not share one encoding with all that they put together."""
+        self.tail = self._float_tail(tail)
+        for node in self.tail:
+            self.rule[node] = None
+        self.stays = self._staying()
         layers = [n for n in self.calls if self.op[n].weight is not None]
         self.ends = {layers[0], layers[-1]} if layers else set()
 
@@ -147,8 +215,68 @@ class _Planner:
             elif node.op == "get_attr" and node in self.floats:
                 tensors.extend(self._constant(node, activation))
         linear = all(t.spec is None or t.spec.linear for t in tensors)
-        tie_free = linear and not any(map(self._passed_on, self.nodes))
-        return Plan(backend=self.backend.name, tensors=tuple(tensors), tie_free=tie_free, share=self._share(tensors))
+        again = self._quantized_behind()
+        tie_free = linear and not any(self._passed_on(node, again) for node in self.nodes)
+        cuts = self._cuts() if self.backend.encodes_all else []
+        return Plan(
+            backend=self.backend.name,
+            tensors=tuple(tensors),
+            tie_free=tie_free,
+            share=self._share(tensors),
+            cuts=tuple(query.tensor_name(node) for node in cuts),
+            host=tuple(query.tensor_name(node) for node in self.calls if node in self.tail) if cuts else (),
+        )
+
+    def _float_tail(self, tail: Tail) -> set[fx.Node]:
+        """The calls behind the last layers that stay in float; an activation that is fused with a layer is a part of it."""
+        if tail == "quantized" or not self.backend.activation.linear:
+            return set()
+        fused = self._fused_tails()
+        ours = [n for n in _tail(self.calls) if n not in fused]
+        if tail == "auto" and self.backend.encodes_all:
+            found: set[fx.Node] = set()
+            for node in ours:
+                parts = [s for s in self.data[node] if s in self.floats]
+                if (self.op[node].name == "concat" and len(parts) > 1) or any(s in found for s in node.all_input_nodes):
+                    found.add(node)
+            ours = [n for n in ours if n in found]
+        self.notes.clear()
+        return set(ours)
+
+    def _cuts(self) -> list[fx.Node]:
+        """The tensors where the file of a target ends that computes all in integers."""
+        found = []
+        for node in self.nodes:
+            if node.op == "get_attr" or node in self.tail or not any(user in self.tail for user in node.users):
+                continue
+            if isinstance(query.value(node), Tensor):
+                found.append(node)
+        whole = [n for n in found if n not in self.floats]
+        if whole:
+            what = f"the tail of the model cannot run apart from the rest on backend '{self.backend.name}'"
+            names = ", ".join(query.tensor_name(n) for n in whole)
+            raise OptionError(what, found=f"it reads {names}, which are no float tensors", action="choose --tail quantized")
+        return found
+
+    def _staying(self) -> set[fx.Node]:
+        """The calls that the target computes in float by a rule, and those that only move data to such."""
+        found: set[fx.Node] = set()
+        for node in reversed(self.calls):
+            rule = self.rule[node]
+            if rule is None:
+                continue
+            alone = bool(node.users) and node not in self.outputs and all(user in found for user in node.users)
+            if rule.stay_float or (rule.share and self.op[node].name != "concat" and alone):
+                found.add(node)
+        return found
+
+    def _quantized_behind(self) -> set[fx.Node]:
+        """The nodes behind which a tensor is quantized again."""
+        found: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            if any(user in found or (node, user) in self.edges for user in node.users):
+                found.add(node)
+        return found
 
     def _share(self, tensors: Iterable[TensorPlan]) -> float:
         """Of multiply-accumulates with two quantized operands."""
@@ -163,11 +291,12 @@ class _Planner:
             done += macs * (stored and all((source, node) in self.edges for source in operands))
         return done / total if total else 1.0
 
-    def _passed_on(self, node: fx.Node) -> bool:
-        """Whether `node` makes values that another op reads in float, though the target does not compute the two as one."""
+    def _passed_on(self, node: fx.Node, again: set[fx.Node]) -> bool:
+        """Whether another op reads what `node` makes in float, though the target does not compute the two as one, and it is quantized
+        `again` behind that."""
         if node in self.notes or not query.is_float(node) or node.op not in ("placeholder", "call_function"):
             return False
-        return any(user in self.op and query.is_float(user) and (node, user) not in self.edges for user in node.users)
+        return any(user in again and query.is_float(user) and (node, user) not in self.edges for user in node.users)
 
     def _activation_specs(self) -> tuple[QuantSpec, QuantSpec]:
         """Specs of activations, and of those that the first and the last layer read."""
@@ -216,7 +345,7 @@ class _Planner:
     def _demand(self, node: fx.Node, tails: dict[fx.Node, fx.Node]) -> None:
         head = tails.get(node)
         rule = self.rule[head] if head is not None else self.rule[node]
-        if rule is None:
+        if rule is None or node in self.stays:
             return
         name = f"{self.op[node].name} {query.tensor_name(node)}"
         if rule.inputs and head is None:
@@ -231,7 +360,8 @@ class _Planner:
     def _make(self, node: fx.Node, reason: str) -> None:
         self.made.setdefault(node, reason)
         for user in node.users:
-            self.edges.setdefault((node, user), reason)
+            if user not in self.stays:
+                self.edges.setdefault((node, user), reason)
 
     def _float_branches(self, node: fx.Node) -> list[fx.Node]:
         """The inputs of a residual add that stay in float: the convolution before it, the last one in graph order, inside of which the
@@ -253,6 +383,7 @@ class _Planner:
             rule = self.rule[node]
             if rule is None or not rule.share or not any((node, user) in self.edges for user in node.users):
                 continue
+            self._part(node)
             for source in self.data[node]:
                 self.edges.setdefault((source, node), f"carried by {self.op[node].name} to {query.tensor_name(node)}")
         for node in self.calls:
@@ -266,7 +397,7 @@ class _Planner:
             rule = self.rule[node]
             if rule is None or not rule.share or not self._readers(node):
                 continue
-            for source in self._moving(node):
+            for source in self._joined(node):
                 groups.join(source, node)
         for node in self.calls:
             rule = self.rule[node]
@@ -274,6 +405,27 @@ class _Planner:
             for source in aligned[1:]:
                 groups.join(aligned[0], source)
         return groups
+
+    def _part(self, concat: fx.Node) -> None:
+        """Remember a concat of outputs of fixed range and others."""
+        sources = self._moving(concat)
+        fixed = [self._fixed(source) for source in sources]
+        if self.op[concat].name == "concat" and any(fixed) and (not all(fixed) or len(set(fixed)) > 1):
+            self.apart.add(concat)
+
+    def _joined(self, node: fx.Node) -> list[fx.Node]:
+        """What shares one encoding with `node`."""
+        return [s for s in self._moving(node) if node not in self.apart or not self._fixed(s)]
+
+    def _fixed(self, node: fx.Node) -> str:
+        """The op of fixed range that makes `node`, if others only move its values; else empty."""
+        while node in self.op and (rule := self.rule[node]) is not None and rule.share and self.op[node].name != "concat":
+            sources = self._moving(node)
+            if len(sources) != 1:
+                return ""
+            node = sources[0]
+        name = self.op[node].name if node in self.op else ""
+        return name if name in self.backend.fixed_range else ""
 
     def _moving(self, node: fx.Node) -> list[fx.Node]:
         """The data inputs that are no parameters: a constant has an encoding of its own wherever it is read."""
@@ -290,7 +442,9 @@ class _Planner:
             return plan
         root = groups.root(node)
         rule = self.rule.get(node)
-        carried = rule is not None and rule.share and any((s, node) in self.edges for s in self._moving(node))
+        carried = (
+            rule is not None and rule.share and node not in self.apart and any((s, node) in self.edges for s in self._moving(node))
+        )
         reason = self.made.get(node) or self.edges[node, readers[0]]
         if root is not node:
             reason = f"shares the encoding of {query.tensor_name(root)}: {reason}"
@@ -317,6 +471,8 @@ class _Planner:
     def _float_reason(self, node: fx.Node) -> str:
         if node in self.notes:
             return self.notes[node]
+        if node in self.tail:
+            return "float: behind the last layers, where one encoding would lose a part"
         readers = ", ".join(sorted({self.op[u].name if u in self.op else "the output" for u in node.users}))
         return f"float: {self.backend.name} does not quantize what {readers} reads here"
 

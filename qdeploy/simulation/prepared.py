@@ -18,10 +18,10 @@ from qdeploy.core.backend import Backend
 from qdeploy.core.errors import InputError
 from qdeploy.core.recipe import Recipe
 from qdeploy.core.spec import Encoding
-from qdeploy.graph import query
+from qdeploy.graph import edit, query
 from qdeploy.numerics.observer import Observer
 from qdeploy.numerics.quantizer import Mode, Quantizer
-from qdeploy.simulation.insert import MakeObserver, Numbers, freeze, make_consistent
+from qdeploy.simulation.insert import MakeObserver, Numbers, freeze, insert_quantizers, make_consistent
 from qdeploy.simulation.plan import Plan
 
 BATCH = 64
@@ -47,6 +47,7 @@ class Prepared(nn.Module):
         recipe: Recipe,
         seed: int,
         quantizers: dict[str, Quantizer],
+        alternative: Plan | None = None,
     ):
         super().__init__()
         self.module = module
@@ -59,6 +60,10 @@ class Prepared(nn.Module):
         self.observers: Mapping[str, Observer] = {}
         """What was seen of each group of activations, while the steps run."""
         self.following = plan.following
+        self.alternative = alternative
+        """Another plan, to take where calibration shows that this one loses a part of a concat behind the last layers."""
+        self.notes: list[str] = []
+        """What the user should know of what calibration has found."""
         self._floating = [captured.module]  # in a list, it is no part of the simulation
         self.chosen: dict[Quantizer, Numbers] = {}
         self.biases: dict[str, Tensor] = {}
@@ -77,6 +82,12 @@ class Prepared(nn.Module):
     def set_floating(self, module: fx.GraphModule) -> None:
         """Take `module` for the float graph."""
         self._floating = [module]
+
+    def take_plan(self, plan: Plan) -> None:
+        """Go by another plan, with new quantizers, before they have any numbers."""
+        self.plan, self.following = plan, plan.following
+        self.module = edit.copy(self.captured.module, own_parameters=True)
+        self.quantizers = insert_quantizers(self.module, plan)
 
     def take_parameters(self) -> None:
         """Give the simulation the parameters of its float graph."""

@@ -32,6 +32,7 @@ class BatchedSession:
     def __init__(self, artifact: Artifact, path: Path, runtime: str, variant: str):
         self.path, self.runtime, self.variant = path, runtimes[runtime], variant
         self.specs = artifact.specs
+        self.tail = _Tail(artifact) if artifact.tail is not None else None
         fixed = [spec.shape[0] for spec in self.specs if spec.shape]
         self.fixed: int | None = fixed[0] if fixed else 1
         self.session: Session | None = None
@@ -59,6 +60,11 @@ class BatchedSession:
             return self.runtime.open(copy, self.batch, self.variant)
 
     def __call__(self, inputs: Sequence[Array]) -> list[Array]:
+        made = self._run(inputs)
+        return self.tail(inputs, made) if self.tail is not None else made
+
+    def _run(self, inputs: Sequence[Array]) -> list[Array]:
+        """The outputs of the file."""
         count = len(inputs[0])
         self.session = self._open(inputs)
         if count == self.batch:
@@ -78,3 +84,28 @@ class BatchedSession:
     def placement(self) -> dict[str, int]:
         assert self.session is not None
         return dict(self.session.placement())
+
+
+class _Tail:
+    """What an artifact's host computes behind the device: from the outputs of the file, those of the model."""
+
+    def __init__(self, artifact: Artifact):
+        assert artifact.tail is not None
+        self.inputs = [spec.name for spec in artifact.specs]
+        self.device, self.outputs = artifact.device_outputs, artifact.outputs
+        self.model = onnx.load(artifact.tail)
+        self.session: Any = None
+
+    def __call__(self, inputs: Sequence[Array], made: Sequence[Array]) -> list[Array]:
+        import onnxruntime as ort
+
+        if self.session is None:
+            options = ort.SessionOptions()
+            options.log_severity_level = 3
+            self.session = ort.InferenceSession(self.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        if len(made) != len(self.device):
+            raise ArtifactError("the runtime returned another number of outputs", found=len(made), allowed=len(self.device))
+        known = dict(zip(self.inputs, inputs, strict=True)) | dict(zip(self.device, made, strict=True))
+        names = [value.name for value in self.session.get_outputs()]
+        known |= dict(zip(names, self.session.run(names, {v.name: known[v.name] for v in self.session.get_inputs()}), strict=True))
+        return [known[name] for name in self.outputs]
