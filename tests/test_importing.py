@@ -438,6 +438,18 @@ def test_what_no_exporter_writes_is_refused_in_one_message(kind: str, tmp_path: 
         load_model(tmp_path / "m.onnx")
 
 
+@pytest.mark.parametrize("text", [b"Conv0", b"Conv", b"Relu0", b"weight", b"samples", b"group", b"main_graph"])
+def test_a_text_that_is_no_text_is_a_damaged_file(text: bytes, tmp_path: Path) -> None:
+    """Protobuf hands over its bytes."""
+    model = _tiny("weight", "samples", group=1)
+    model.graph.name = "main_graph"
+    whole = model.SerializeToString()
+    assert text in whole
+    (tmp_path / "m.onnx").write_bytes(whole.replace(text, b"\xff" + text[1:]))
+    with pytest.raises(InputError, match="a damaged ONNX file .*no text in UTF-8"):
+        load_model(tmp_path / "m.onnx")
+
+
 def test_a_batch_of_no_samples_is_refused_on_the_command_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import onnx
 import onnx.defs
 import onnx_ir as ir
+from google.protobuf.message import Message
 from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 
 from qdeploy.core.errors import InputError
@@ -44,7 +45,10 @@ def read(path: Path, ends: Sequence[str] = ()) -> ir.Model:
     """
     logging.getLogger("onnx_ir").setLevel(logging.CRITICAL)  # of a damaged graph it would say line by line what the message says
     try:
-        model = ir.load(path)
+        proto = onnx.load(path, load_external_data=False)
+        _check_texts(proto)
+        model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, path.parent)
     except Exception as error:  # protobuf and onnx_ir raise many kinds for damaged files
         raise InputError(f"cannot read '{path}'", found=f"a damaged ONNX file ({_short(error)})", action=COPY_AGAIN) from error
     _check_external(path, model)
@@ -60,6 +64,18 @@ def read(path: Path, ends: Sequence[str] = ()) -> ir.Model:
         _end_at(path, made.model, ends)
     _check(path, made.model)
     return made.model
+
+
+def _check_texts(message: Message) -> None:
+    """`ValueError` for a text that is not in UTF-8: protobuf gives its bytes instead, which nobody expects."""
+    for field, value in message.ListFields():
+        if field.type not in (field.TYPE_STRING, field.TYPE_MESSAGE):
+            continue
+        for item in (value,) if isinstance(value, str | bytes | Message) else value:
+            if isinstance(item, Message):
+                _check_texts(item)
+            elif isinstance(item, bytes):
+                raise ValueError(f"the {field.name} {ascii(item[:40])} is no text in UTF-8")
 
 
 def _end_at(path: Path, model: ir.Model, ends: Sequence[str]) -> None:
