@@ -248,6 +248,7 @@ def _origin(prepared: Prepared, form: Format) -> dict[str, Any]:
         "format": form.name,
         "command": form.command,
         "runtimes": list(backend.runtimes),
+        "deciding": list(backend.deciding),
         "recipe": _plain_recipe(prepared.recipe),
         "steps": [{key: value for key, value in entry.items() if key != "seconds"} for entry in prepared.log],  # the same every time
         "seed": prepared.seed,

@@ -116,6 +116,8 @@ def test_a_backend_names_only_ops_and_runtimes_that_there_are(backend: Backend) 
     assert all(group == ops.EVERY or group <= NAMES for group in named)
     assert backend.runtimes and all(find_runtime(name)[1] for name in backend.runtimes)
     assert backend.title and backend.vendor_runtime in ("", *backend.runtimes)
+    assert all(find_runtime(name)[1] for name in backend.deciding)
+    assert set(backend.deciding) == {backend.vendor_runtime, "onnxruntime:none"} - {""}
 
 
 @every

@@ -218,7 +218,7 @@ def spoilt(monkeypatch: pytest.MonkeyPatch, name: str, fault: str) -> None:
             onnx.save(misread(path, fault), copy)
             return runtime.open(copy, batch, variant)
 
-    monkeypatch.setitem(runtimes._values, name, replace(runtime, open=opened))
+    monkeypatch.setitem(runtimes._values, name, replace(runtime, open=opened, isolated=False))
 
 
 FAULTS = (

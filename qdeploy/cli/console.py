@@ -116,8 +116,8 @@ def print_report(report: Report, out: str, data: Sequence[str]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("", "accuracy", "top-1 agreement", "SQNR dB", "max steps", "nodes", "size", "check"):
-        table.add_column(column, justify="left" if column in ("", "check") else "right", no_wrap=column == "")
+    for column in ("", "accuracy", "top-1 agreement", "SQNR dB", "max steps", "nodes", "size", "decides", "check"):
+        table.add_column(column, justify="left" if column in ("", "decides", "check") else "right", no_wrap=column == "")
     for r in report.results:
         placed = f"{r.placement['accelerator']} + {r.placement['fallback']} on CPU" if r.placement else ""
         table.add_row(
@@ -128,6 +128,7 @@ def print_report(report: Report, out: str, data: Sequence[str]) -> None:
             "" if r.max_steps is None else f"{r.max_steps:g}",
             placed,
             f"{r.bytes / 1024:.0f} KiB",
+            "yes" if r.verdict and r.decides else "",
             escape(_check(r)),
         )
     console = RichConsole(width=None if sys.stdout.isatty() else 160)
@@ -135,6 +136,8 @@ def print_report(report: Report, out: str, data: Sequence[str]) -> None:
     console.print(f"{report.results[0].samples} samples", style="dim")
     for fault in report.faults:
         console.print(f"fault: {fault}", markup=False)
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     if report.unrecorded:
         console.print(f"note: this result is not kept in the artifact, for {report.unrecorded}", markup=False)
     for step in report.next_steps(out, data):

@@ -373,7 +373,9 @@ def runtimes(name: Name = None, as_json: Json = False) -> None:
 
     rows = []
     for r in [registry[name]] if name else registry:
-        rows.append({"name": r.name, "title": r.title, "variants": list(r.variants), "installed": r.installed(), "install": r.install})
+        rows.append(
+            {"name": r.name, "title": r.title, "variants": [*r.variants, *r.others], "installed": r.installed(), "install": r.install}
+        )
     print_rows(rows, ("name", "title", "installed", "install"), name, as_json)
 
 

@@ -116,6 +116,10 @@ QDQ = Format(name="qdq")
 """A QDQ model.onnx alone."""
 
 
+LITERAL_RUN = "onnxruntime:none"
+"""The runtime that computes node by node what a file says."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
     """One target.
@@ -155,6 +159,13 @@ class Backend:
     def encodes_all(self) -> bool:
         """Whether every tensor has an encoding, since the target computes every op with integers."""
         return self.activation.linear and any(rule.ops == EVERY for rule in self.rules)
+
+    @property
+    def deciding(self) -> tuple[str, ...]:
+        """The runtimes, as NAME or NAME:VARIANT, that say whether an artifact is as it should be: the vendor's own, and the literal run
+        of the file. The others show what else runs it.
+        """
+        return tuple(dict.fromkeys((*filter(None, (self.vendor_runtime,)), LITERAL_RUN)))
 
     def rule(self, op: str, shape: Geometry | None = None) -> OpRule | None:
         """The first rule that names `op`, or every op, and admits its shape; None where the target leaves the op in float."""

@@ -33,7 +33,7 @@ MODEL = "model.onnx"
 SIMULATION = "model.sim.onnx"
 TAIL = "tail.onnx"
 REFERENCE = "reference.npz"
-_NEEDED = ("runtimes", "float_bytes", "inputs", "outputs", "device_outputs", "tie_free", "planned", "encodings")
+_NEEDED = ("runtimes", "deciding", "float_bytes", "inputs", "outputs", "device_outputs", "tie_free", "planned", "encodings")
 """What `verify` reads from a manifest."""
 
 Arrays = dict[str, NDArray[Any]]
@@ -78,16 +78,11 @@ class Artifact:
         specs = self.specs
         lists = [
             key
-            for key in ("inputs", "outputs", "device_outputs", "planned", "runtimes", "encodings")
+            for key in ("inputs", "outputs", "device_outputs", "planned", "runtimes", "deciding", "encodings")
             if not isinstance(self.manifest[key], list)
         ]
-        texts = [
-            *(spec.name for spec in specs),
-            *self.outputs,
-            *self.device_outputs,
-            *self.manifest["planned"],
-            *self.manifest["runtimes"],
-        ]
+        named = (self.outputs, self.device_outputs, *(self.manifest[key] for key in ("planned", "runtimes", "deciding")))
+        texts = [*(spec.name for spec in specs), *(text for names in named for text in names)]
         sizes = [size for spec in specs for size in spec.shape]
         fits = {
             "inputs": specs and all(size is None or (isinstance(size, int) and size > 0) for size in sizes),
@@ -139,6 +134,10 @@ class Artifact:
     def outputs(self) -> list[str]:
         """Names of the model outputs."""
         return list(self.manifest["outputs"])
+
+    def decides(self, runtime: str, variant: str) -> bool:
+        """Whether `verify` follows this runtime by default: it is the vendor's own, or runs the file literally."""
+        return any(name in (runtime, f"{runtime}:{variant}") for name in self.manifest["deciding"])
 
     def reference(self) -> Arrays:
         """The saved samples: `input.<name>`, `float.<output>`, `simulated.<output>`."""

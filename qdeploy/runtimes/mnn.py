@@ -122,6 +122,7 @@ runtimes.add(
         packages=("MNN",),
         min_agreement=0.99,
         open=_open,
+        isolated=True,
         inside=False,
     ),
 )

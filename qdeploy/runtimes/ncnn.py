@@ -202,6 +202,7 @@ runtimes.add(
         packages=("ncnn", "pnnx"),
         min_agreement=0.97,  # adds between layers are in float, where kernels round as they like: 98 to 99 % were measured
         open=_open,
+        isolated=True,
         inside=False,
         variants=("packed", "plain"),
     ),

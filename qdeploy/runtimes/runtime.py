@@ -44,11 +44,13 @@ class Runtime:
 
     `modules` is what it imports, `packages` what pip calls the packages that bring them. `open(path, batch, variant)` opens the
     ONNX file for batches of exactly `batch`, in one of the `variants` (ways to run, such as with and without graph
-    optimizations). `min_agreement` is the share of samples whose top-1 must be that of the simulation, near-ties left out, and `room`
-    the dB by which its noise may exceed that of quantization. `exact` says that every code is the one of the file, wherever the sums
-    are whole numbers and none is a tie of rounding. `any_size` says whether a session takes any size of what the file leaves open
-    beyond the batch; others get files without such sizes. `inside` is False where the runtime builds its model from the float file and
-    the scale file, so that no tensor of the file that quantizes can be asked for.
+    optimizations) or of the `others`, which run only where they are named. `min_agreement` is the share of samples whose top-1 must be
+    that of the simulation, near-ties left out, and `room` the dB by which its noise may exceed that of quantization. `exact` says that
+    every code is the one of the file, wherever the sums are whole numbers and none is a tie of rounding. `any_size` says whether a
+    session takes any size of what the file leaves open beyond the batch; others get files without such sizes. `inside` is False where
+    the runtime builds its model from the float file and the scale file, so that no tensor of the file that quantizes can be asked for.
+    `isolated` says that its libraries may crash or hang: `process.Host` opens it in a process of its own, which has `limit` seconds to
+    open a file or to run a batch, and `open` has to be a function that can be imported by its name.
     """
 
     name: str
@@ -63,6 +65,9 @@ class Runtime:
     room: float = 6.0
     exact: bool = False
     inside: bool = True
+    isolated: bool = False
+    limit: float = 1200.0
+    others: tuple[str, ...] = ()
 
     @property
     def install(self) -> str:
@@ -71,7 +76,7 @@ class Runtime:
 
     def reference(self, variant: str) -> str:
         """What `find_runtime` reads as this variant: `NAME:VARIANT`, or `NAME` where there is one only."""
-        return self.name if len(self.variants) == 1 else f"{self.name}:{variant}"
+        return self.name if len(self.variants) + len(self.others) == 1 else f"{self.name}:{variant}"
 
     def installed(self) -> bool:
         """Whether the runtime's modules can be imported here."""
@@ -116,11 +121,12 @@ runtimes: Registry[Runtime] = Registry("runtime", "qdeploy.runtimes")
 
 
 def find_runtime(reference: str) -> tuple[Runtime, tuple[str, ...]]:
-    """The runtime `NAME` with all its variants, or `NAME:VARIANT` with that one; `OptionError` for a name that there is not."""
+    """The runtime `NAME` with its `variants`, or `NAME:VARIANT` with that one; `OptionError` for a name that there is not."""
     name, colon, variant = reference.partition(":")
     runtime = runtimes[name]
     if not colon:
         return runtime, runtime.variants
-    if variant not in runtime.variants:
-        raise unknown_name(f"variant of runtime '{name}':", variant, runtime.variants)
+    known = (*runtime.variants, *runtime.others)
+    if variant not in known:
+        raise unknown_name(f"variant of runtime '{name}':", variant, known)
     return runtime, (variant,)

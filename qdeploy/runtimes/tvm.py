@@ -65,5 +65,6 @@ runtimes.add(
         min_agreement=0.999,
         exact=True,
         open=_open,
+        isolated=True,
     ),
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from qdeploy.core.spec import Encoding
 from qdeploy.export.artifact import Artifact
 from qdeploy.export.onnx_file import with_sizes
 from qdeploy.numerics import arith
+from qdeploy.runtimes.process import Host
 from qdeploy.runtimes.runtime import Runtime, Session, find_runtime, runtimes
 from qdeploy.verification.session import LITERAL, REFERENCE
 
@@ -122,14 +124,18 @@ def divergence(artifact: Artifact, runtime: str, batch: Sequence[Array] | None =
     model = _sized(artifact, pieces[0])
     places = _places(artifact, model)
     size = len(pieces[0][0])
-    reference = _open(_with_outputs(model, [name for p in places for name in (p.start, p.end)]), runtimes[REFERENCE], LITERAL, size)
+    shown = _with_outputs(model, [name for p in places for name in (p.start, p.end)])
+    with closing(Host(runtimes[REFERENCE])) as host:
+        reference = _open(shown, host, LITERAL, size)
+        made = [reference.run(piece) for piece in pieces]
     # what enters an encoding, and what leaves it
-    wanted = [dict(zip([n for p in places for n in (p.start, p.end)], reference.run(piece), strict=True)) for piece in pieces]
-    if isolate:
-        partings = _isolated(model, places, wanted, found, variants[0], size)
-    else:
-        partings = _whole(model, places, pieces, wanted, found, variants[0], size)
-    return Divergence(runtime=found.reference(variants[0]), isolated=isolate, samples=size * len(pieces), tensors=tuple(partings))
+    wanted = [dict(zip([n for p in places for n in (p.start, p.end)], values, strict=True)) for values in made]
+    with closing(Host(found)) as host:
+        if isolate:
+            partings = tuple(_isolated(model, places, wanted, host, variants[0], size))
+        else:
+            partings = tuple(_whole(model, places, pieces, wanted, host, variants[0], size))
+    return Divergence(runtime=found.reference(variants[0]), isolated=isolate, samples=size * len(pieces), tensors=partings)
 
 
 def _pieces(artifact: Artifact, arrays: Sequence[Array], runtime: Runtime) -> list[list[Array]]:
@@ -210,11 +216,11 @@ def _with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelPro
     return copy
 
 
-def _open(model: onnx.ModelProto, runtime: Runtime, variant: str, batch: int) -> Session:
+def _open(model: onnx.ModelProto, host: Host, variant: str, batch: int) -> Session:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         onnx.save(model, path)
-        return runtime.open(path, batch, variant)
+        return host.open(path, batch, variant)
 
 
 Values = Mapping[str, Array]
@@ -225,24 +231,24 @@ def _whole(
     places: Sequence[_Place],
     pieces: Sequence[Sequence[Array]],
     wanted: Sequence[Values],
-    runtime: Runtime,
+    host: Host,
     variant: str,
     batch: int,
 ) -> Iterator[Parting]:
     """All tensors of one run of the whole model."""
     try:
-        session = _open(_with_outputs(model, [place.end for place in places]), runtime, variant, batch)
+        session = _open(_with_outputs(model, [place.end for place in places]), host, variant, batch)
         made = [session.run(piece) for piece in pieces]
     except Exception as error:  # a vendor's library may raise anything
         found = str(error) if isinstance(error, QDeployError) else one_line(error)
-        what = f"runtime '{runtime.name}' cannot run the file with all tensors as outputs"
+        what = f"runtime '{host.runtime.name}' cannot run the file with all tensors as outputs"
         raise ArtifactError(what, found=found, action="give --isolate, which runs each op alone") from error
     for index, place in enumerate(places):
         yield _compared(place, [values[place.end] for values in wanted], [outputs[index] for outputs in made])
 
 
 def _isolated(
-    model: onnx.ModelProto, places: Sequence[_Place], wanted: Sequence[Values], runtime: Runtime, variant: str, batch: int
+    model: onnx.ModelProto, places: Sequence[_Place], wanted: Sequence[Values], host: Host, variant: str, batch: int
 ) -> Iterator[Parting]:
     """Every tensor from the part of the model between the quantized tensors before it and itself."""
     inferred = onnx.shape_inference.infer_shapes(model)
@@ -256,7 +262,7 @@ def _isolated(
             continue
         try:
             part = _fixed(extractor.extract_model(starts, [place.end]), wanted[0])
-            session = _open(part, runtime, variant, batch)
+            session = _open(part, host, variant, batch)
             made = [session.run([values[name] for name in starts])[0] for values in wanted]
         except Exception as error:
             yield place.parting(failure=f"could not run: {error if isinstance(error, QDeployError) else one_line(error)}")

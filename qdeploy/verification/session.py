@@ -11,26 +11,29 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from qdeploy.core.backend import LITERAL_RUN
 from qdeploy.core.errors import ArtifactError
 from qdeploy.export.artifact import Artifact
 from qdeploy.export.onnx_file import with_sizes
+from qdeploy.runtimes.process import Host
 from qdeploy.runtimes.runtime import Session, runtimes
 
 Array = NDArray[Any]
 
-REFERENCE = "onnxruntime"
-LITERAL = "none"
-"""The variant of the reference runtime that computes node by node what the file says."""
+REFERENCE, _, LITERAL = LITERAL_RUN.partition(":")
+"""The reference runtime, and its variant that computes node by node what the file says."""
 
 
 class BatchedSession:
     """Run batches of any size on a session, which takes one size: in pieces, the last one filled up with its last sample.
 
-    Where other sizes are open too, runtimes that take only fixed ones get a copy of the file for the sizes at hand.
+    Where other sizes are open too, runtimes that take only fixed ones get a copy of the file for the sizes at hand. To be closed, since
+    the session may be in a process of its own.
     """
 
     def __init__(self, artifact: Artifact, path: Path, runtime: str, variant: str):
         self.path, self.runtime, self.variant = path, runtimes[runtime], variant
+        self.host = Host(self.runtime)
         self.specs = artifact.specs
         self.tail = _Tail(artifact) if artifact.tail is not None else None
         fixed = [spec.shape[0] for spec in self.specs if spec.shape]
@@ -47,7 +50,7 @@ class BatchedSession:
             return self.session
         self.batch, self.sizes = self.batch or self.fixed or min(self.runtime.max_batch, len(inputs[0])), sizes
         if not sizes or self.runtime.any_size:
-            return self.runtime.open(self.path, self.batch, self.variant)
+            return self.host.open(self.path, self.batch, self.variant)
         with tempfile.TemporaryDirectory() as folder:
             every = sizes | {spec.names[0]: self.batch for spec in self.specs if 0 in spec.names}
             copy = Path(folder) / self.path.name
@@ -57,7 +60,7 @@ class BatchedSession:
                     onnx.save(fixed, copy.with_name(file.name))
                 else:
                     copy.with_name(file.name).symlink_to(file.absolute())
-            return self.runtime.open(copy, self.batch, self.variant)
+            return self.host.open(copy, self.batch, self.variant)
 
     def __call__(self, inputs: Sequence[Array]) -> list[Array]:
         made = self._run(inputs)
@@ -84,6 +87,11 @@ class BatchedSession:
     def placement(self) -> dict[str, int]:
         assert self.session is not None
         return dict(self.session.placement())
+
+    def close(self) -> None:
+        """Give back what the session holds."""
+        self.session = None
+        self.host.close()
 
 
 class _Tail:

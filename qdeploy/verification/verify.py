@@ -8,6 +8,9 @@ of the output where it is least, and the largest |s - r| in steps of the output'
 With labels, accuracy too. What follows from these numbers on so many samples is said by `qdeploy.verification.verdict`.
 The simulated outputs are those saved in the folder; for other data they come from the `Prepared` at hand, or else from the literal
 run of the ONNX file (ONNX Runtime without any optimization), which the saved outputs are compared with first.
+
+Not every row decides: the artifact passes where the vendor's own runtime and the literal run do (`Artifact.decides`), and whatever else
+the user named. The others show what else runs the file. Whatever a runtime does ends as a row.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import errno
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -50,7 +54,8 @@ class Result:
 
     `agreement` is the share of samples with the simulation's top-1, and `interval` the bounds of the share that agree or are near-ties;
     `disagreements` counts the others. `outputs` has the SQNR of each output in dB, `sqnr` the least of them. `verdict` is `passed`,
-    `failed`, or that there are not enough samples to tell, which is no failure; empty where nothing is asked.
+    `failed`, or that there are not enough samples to tell, which is no failure; empty where nothing is asked. `decides` says whether
+    the artifact fails with it.
     """
 
     name: str
@@ -69,6 +74,7 @@ class Result:
     outputs: dict[str, float] = field(default_factory=dict)
     verdict: str = ""
     remarks: tuple[str, ...] = ()
+    decides: bool = True
 
     @property
     def passed(self) -> bool:
@@ -92,8 +98,17 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether the artifact meets all its checks."""
-        return not self.faults and all(result.passed for result in self.results)
+        """Whether the artifact meets all its checks: those that decide."""
+        return not self.faults and all(result.passed for result in self.results if result.decides)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to know of the rows, a sentence each."""
+        if not any(row.faults and not row.decides for row in self.results):
+            return ()
+        names = ", ".join(row.name for row in self.results if row.decides and row.verdict)
+        failed = ", ".join(row.name for row in self.results if row.faults and not row.decides)
+        return (f"the check follows {names}; what failed elsewhere does not decide: {failed}",)
 
     def next_steps(self, out: str, data: Sequence[str] = ()) -> tuple[str, ...]:
         """What to do where something failed or stays open, a line each: commands for the artifact at `out`, with the options `data`."""
@@ -115,18 +130,30 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for the manifest and `--json`."""
-        return {"passed": self.passed, "faults": list(self.faults), "results": [asdict(r) for r in self.results]}
+        rows = [asdict(result) for result in self.results]
+        return {"passed": self.passed, "faults": list(self.faults), "notes": list(self.notes), "results": rows}
 
 
 class _Row:
-    """One way to compute outputs, and how they compare. `size` is that of the file it runs; nothing is `asked` of a reference."""
+    """One way to compute outputs, and how they compare. `size` is that of the file it runs; nothing is `asked` of a reference.
+    Whether it `decides` is said of it in the end.
+    """
 
-    def __init__(self, name: str, outputs: Outputs, size: int, asked: Asked | None, placement: Callable[[], dict[str, int]]):
+    def __init__(
+        self,
+        name: str,
+        outputs: Outputs,
+        size: int,
+        asked: Asked | None,
+        placement: Callable[[], dict[str, int]],
+        decides: bool = True,
+    ):
         self.name = name
         self.outputs = outputs
         self.size = size
         self.asked = asked
         self.placement = placement
+        self.decides = decides
         self.comparison: Comparison | None = None
         self.failure = ""
 
@@ -150,6 +177,12 @@ class _Row:
 
     def _failed(self, what: str, error: Exception) -> None:
         self.failure = f"{what}: {error if isinstance(error, QDeployError) else one_line(error)}"
+        self.close()
+
+    def close(self) -> None:
+        """Give back what the way to compute holds."""
+        if isinstance(self.outputs, BatchedSession):
+            self.outputs.close()
 
     def _placed(self) -> dict[str, int]:
         try:
@@ -169,7 +202,8 @@ class _Row:
         compared = self.comparison
         if self.failure or compared is None:
             faults: tuple[str, ...] = (self.failure or "was not run",)
-            return Result(name=self.name, samples=0, bytes=self.size, checked=True, faults=faults, verdict=FAILED)
+            name, size, decides = self.name, self.size, self.decides
+            return Result(name=name, samples=0, bytes=size, checked=True, faults=faults, verdict=FAILED, decides=decides)
         result = Result(
             name=self.name,
             samples=compared.samples,
@@ -181,6 +215,7 @@ class _Row:
             placement=placement,
             checked=self.asked is not None,
             outputs={output.name: compared.sqnr(place) for place, output in enumerate(compared.outputs)},
+            decides=self.decides,
         )
         if self.asked is None:
             return result if compared.finite else replace(result, faults=("its outputs hold NaN or infinity",))
@@ -209,7 +244,8 @@ def verify_artifact(
     """Check `artifact`, on its saved samples or on `batches`, in `runtime` (default: all of its backend's that are installed).
 
     `labels` `[N]` are class numbers. `simulation` is the prepared model, where it is still at hand. All runtimes see each batch in
-    turn, so the data is passed once; `progress` is told the samples done. The report also goes into qdeploy.json.
+    turn, so the data is passed once; `progress` is told the samples done. The report also goes into qdeploy.json. What `runtime` names
+    decides; by default what `Artifact.decides` says, or all rows where none of these ran.
     """
     artifact.check_whole()
     chosen = _choose(artifact, runtime)
@@ -218,13 +254,22 @@ def verify_artifact(
     saved = _saved(artifact)
     known = _known(artifact, saved)
     references, data = _references(artifact, batches, simulation, saved)
-    rows = [_runtime_row(artifact, way, variant) for way, variant in chosen]
-    literal = [_literal_row(artifact, saved, known)] if batches is not None and simulation is None else []
-    faults += _compare(references, rows, data, labels, known, progress)
-    level = ALARM / max(1, sum(row.tests for row in (*rows, *literal)))
-    for row in literal:
-        faults += [f"{artifact.simulation.name} does not compute the saved simulation: {fault}" for fault in row.result(level).faults]
-    report = Report(results=tuple(row.result(level) for row in (*references, *rows)), faults=tuple(faults))
+    deciding = [runtime is not None or artifact.decides(way.name, variant) for way, variant in chosen]
+    rows = [
+        _runtime_row(artifact, way, variant, decides or not any(deciding))
+        for (way, variant), decides in zip(chosen, deciding, strict=True)
+    ]
+    with ExitStack() as open_rows:
+        for row in (*references, *rows):
+            open_rows.callback(row.close)
+        literal = [_literal_row(artifact, saved, known)] if batches is not None and simulation is None else []
+        faults += _compare(references, rows, data, labels, known, progress)
+        level = ALARM / max(1, sum(row.tests for row in (*rows, *literal)))
+        for row in literal:
+            faults += [
+                f"{artifact.simulation.name} does not compute the saved simulation: {fault}" for fault in row.result(level).faults
+            ]
+        report = Report(results=tuple(row.result(level) for row in (*references, *rows)), faults=tuple(faults))
     try:
         artifact.record("verify", report.to_json())
     except OSError as error:
@@ -384,9 +429,9 @@ def _literal_row(artifact: Artifact, saved: _Saved, known: Sequence[Output]) -> 
     return row
 
 
-def _runtime_row(artifact: Artifact, runtime: Runtime, variant: str) -> _Row:
-    feed = BatchedSession(artifact, artifact.simulation, runtime.name, variant)
-    return _Row(runtime.reference(variant), feed, artifact.simulation.stat().st_size, _asked(artifact, runtime), feed.placement)
+def _runtime_row(artifact: Artifact, runtime: Runtime, variant: str, decides: bool) -> _Row:
+    feed, size = BatchedSession(artifact, artifact.simulation, runtime.name, variant), artifact.simulation.stat().st_size
+    return _Row(runtime.reference(variant), feed, size, _asked(artifact, runtime), feed.placement, decides)
 
 
 def _asked(artifact: Artifact, runtime: Runtime) -> Asked:
