@@ -530,9 +530,9 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     ),
     "unknown variant": (
         f"{DIGITS} {DATA} --runtime onnxruntime:al",
-        ["runtime 'onnxruntime': 'al'", "allowed: all, none", "did you mean 'all'?"],
+        ["runtime 'onnxruntime': 'al'", "allowed: all, faithful, none", "did you mean 'all'?"],
     ),
-    "variant that is empty": (f"{DIGITS} {DATA} --runtime onnxruntime:", ["runtime 'onnxruntime': ''", "allowed: all, none"]),
+    "variant that is empty": (f"{DIGITS} {DATA} --runtime onnxruntime:", ["runtime 'onnxruntime': ''", "allowed: all, faithful, none"]),
     "no samples": (f"{DIGITS} {DATA} --samples 0", ["--samples", "found: 0", "allowed: 1 or more"]),
     "negative seed": (f"{DIGITS} {DATA} --seed -1", ["--seed", "found: -1", "allowed: 0 to"]),
     "huge seed": (f"{DIGITS} {DATA} --seed 99999999999999999999999", ["--seed", "found: 99999999999999999999999", "allowed: 0 to"]),

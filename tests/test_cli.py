@@ -194,7 +194,19 @@ def test_quantize_prints_the_table_and_the_next_command(tmp_path: Path, capfd: p
     assert err == ""  # no progress bar where nobody looks
     lines = shown.splitlines()
     header = next(i for i, line in enumerate(lines) if "accuracy" in line)
-    assert lines[header].split() == ["accuracy", "top-1", "agreement", "SQNR", "dB", "max", "steps", "nodes", "size", "check"]
+    assert lines[header].split() == [
+        "accuracy",
+        "top-1",
+        "agreement",
+        "SQNR",
+        "dB",
+        "max",
+        "steps",
+        "nodes",
+        "size",
+        "decides",
+        "check",
+    ]
     rows = {line.split()[0]: line for line in lines[header + 1 : header + 5]}
     assert list(rows) == ["float", "simulated", "onnxruntime:none", "onnxruntime:all"]
     assert "exact" in rows["simulated"] and rows["onnxruntime:none"].rstrip().endswith("passed")

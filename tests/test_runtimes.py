@@ -322,6 +322,19 @@ def test_tvm_names_an_operator_that_it_lacks(tmp_path: Path) -> None:
         installed("tvm").open(path, 1, "default")
 
 
+def test_openvino_says_why_it_cannot_open_a_file_and_not_where_in_its_source(tmp_path: Path) -> None:
+    graph = Graph()
+    pads = graph.constant(np.array([0, 0, 1, 0, 0, 1], np.int64))
+    graph.qdq(graph.node("Pad", [graph.qdq("x", 0.05, 128), pads], mode="wrap"), 0.05, 128, output="y")
+    path = graph.save(tmp_path / "wrap.onnx", [3, 8], [3, 10])
+    with pytest.raises(ArtifactError) as error:
+        installed("openvino").open(path, 1, "int8")
+    assert str(error.value).startswith("OpenVINO cannot open 'wrap.onnx'; found: ") and "Unsupported padding mode: [wrap]" in str(
+        error.value
+    )
+    assert ".cpp" not in str(error.value) and "\n" not in str(error.value)
+
+
 def test_quiet_discards_native_output_only_inside(capfd: pytest.CaptureFixture[str]) -> None:
     print("before")
     with quiet():

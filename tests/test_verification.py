@@ -335,7 +335,12 @@ def add_runtime(monkeypatch: pytest.MonkeyPatch, name: str, opened: Callable[...
     monkeypatch.setitem(runtimes._values, name, runtime)
 
 
+def _says_much(*_: object) -> None:
+    raise ArtifactError("cannot convert 'model.onnx'", found="\x1b[31mone\n   two\x07\n")
+
+
 CASES = {
+    "it says much": (_says_much, "could not run: cannot convert 'model.onnx'; found: [31mone two"),
     "it raises": (lambda *_: Failing(), "No suitable implementations for convolution"),
     "it cannot be opened": (_cannot_open, "1e-20"),
     "it cannot say where it ran": (

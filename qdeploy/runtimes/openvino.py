@@ -17,12 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qdeploy.core.errors import ArtifactError
 from qdeploy.runtimes.runtime import Array, Runtime, runtimes
 
 OPTIONS = {
     "int8": {"INFERENCE_PRECISION_HINT": "f32"},
     "literal": {"INFERENCE_PRECISION_HINT": "f32", "LP_TRANSFORMS_MODE": "NO", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0},
 }
+
+PLACES = ("Exception from", "Check '", "FrontEnd API", "While validating", "Model wasn't fully converted", "Summary:")
+"""How lines of its errors begin that say where in its source it stopped, and not why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +62,26 @@ def _open(path: Path, batch: int, variant: str) -> _Session:
         import openvino as ov
 
     core = ov.Core()
-    model = core.read_model(str(path))
-    shapes = {}
-    for port in model.inputs:
-        shape = port.partial_shape
-        if shape.rank.get_length() and shape[0].is_dynamic:
-            shape[0] = batch
-        shapes[port] = shape
-    model.reshape(shapes)
-    return _Session(core.compile_model(model, "CPU", OPTIONS[variant]))
+    try:
+        model = core.read_model(str(path))
+        shapes = {}
+        for port in model.inputs:
+            shape = port.partial_shape
+            if shape.rank.get_length() and shape[0].is_dynamic:
+                shape[0] = batch
+            shapes[port] = shape
+        model.reshape(shapes)
+        return _Session(core.compile_model(model, "CPU", OPTIONS[variant]))
+    except RuntimeError as error:
+        found, action = _reasons(str(error)), "choose another runtime"
+        raise ArtifactError(f"OpenVINO cannot open '{path.name}'", found=found, action=action) from error
+
+
+def _reasons(text: str) -> str:
+    """What OpenVINO says of each op, without the places in its source, which come first and fill pages."""
+    lines = [line.strip() for line in text.splitlines()]
+    kept = " ".join(line for line in lines if line and not line.startswith(PLACES)) or text
+    return " ".join(kept.split())[:300]
 
 
 runtimes.add(

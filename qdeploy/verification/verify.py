@@ -176,7 +176,8 @@ class _Row:
             self._failed("could not be compared", error)
 
     def _failed(self, what: str, error: Exception) -> None:
-        self.failure = f"{what}: {error if isinstance(error, QDeployError) else one_line(error)}"
+        said = str(error) if isinstance(error, QDeployError) else one_line(error)
+        self.failure = f"{what}: {' '.join(''.join(c if c.isprintable() else ' ' for c in said).split())}"
         self.close()
 
     def close(self) -> None:
