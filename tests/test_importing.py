@@ -446,7 +446,7 @@ def test_a_text_that_is_no_text_is_a_damaged_file(text: bytes, tmp_path: Path) -
     whole = model.SerializeToString()
     assert text in whole
     (tmp_path / "m.onnx").write_bytes(whole.replace(text, b"\xff" + text[1:]))
-    with pytest.raises(InputError, match="a damaged ONNX file .*no text in UTF-8"):
+    with pytest.raises(InputError, match=r"a damaged ONNX file .*no text in UTF-8"):
         load_model(tmp_path / "m.onnx")
 
 

@@ -75,7 +75,7 @@ def _check_texts(message: Message) -> None:
             if isinstance(item, Message):
                 _check_texts(item)
             elif isinstance(item, bytes):
-                raise ValueError(f"the {field.name} {ascii(item[:40])} is no text in UTF-8")
+                raise ValueError(f"the {field.name} {item[:40]!a} is no text in UTF-8")
 
 
 def _end_at(path: Path, model: ir.Model, ends: Sequence[str]) -> None:
