@@ -24,7 +24,7 @@ from qdeploy.capture import fold, outputs
 from qdeploy.capture.capture import Captured, capture
 from qdeploy.capture.inputs import Batch, Dynamic
 from qdeploy.core.backend import Backend, Format
-from qdeploy.core.errors import InputError, OptionError
+from qdeploy.core.errors import InputError, OptionError, QualityError
 from qdeploy.core.progress import SampleProgress, StepProgress, no_progress, no_step_progress
 from qdeploy.core.recipe import Recipe
 from qdeploy.core.spec import Encoding
@@ -35,6 +35,7 @@ from qdeploy.export.artifact import Artifact
 from qdeploy.export.onnx_file import emitted
 from qdeploy.graph import edit, query
 from qdeploy.graph.flow import run
+from qdeploy.graph.parts import output_parts
 from qdeploy.recipes import step_runner
 from qdeploy.recipes.calibration_pass import observe, observer_of
 from qdeploy.recipes.distill import distill
@@ -214,8 +215,10 @@ def distill_data(
     return distill(captured.module, captured.inputs, samples, seed, progress=progress)
 
 
-def convert(prepared: Prepared, out: str | Path, file_format: str | None = None) -> Artifact:
+def convert(prepared: Prepared, out: str | Path, file_format: str | None = None, accept: bool = False) -> Artifact:
     """Write the artifact of a calibrated model into the folder `out`; `file_format` is one of the backend's formats.
+
+    With `accept`, `verify` takes it that quantization has destroyed an output.
 
     Raises `InputError` where `out` holds something else, `OptionError` for a format that the backend does not write.
     """
@@ -233,7 +236,7 @@ def convert(prepared: Prepared, out: str | Path, file_format: str | None = None)
     reference = _reference(prepared)
     files[artifact.REFERENCE] = artifact.npz(reference)
     notes = [*prepared.captured.notes, *prepared.notes, *note, *_open_sizes(prepared), *prepared.warnings(reference)]
-    made = {"notes": notes, "float_bytes": float_bytes}
+    made = {"notes": notes, "float_bytes": float_bytes, "accepted": accept}
     return artifact.write(out, files, _origin(prepared, form) | made | _tensors(prepared, encodings))
 
 
@@ -259,9 +262,12 @@ def _origin(prepared: Prepared, form: Format) -> dict[str, Any]:
 
 def _tensors(prepared: Prepared, encodings: Sequence[Encoding]) -> dict[str, Any]:
     """What the manifest says of inputs, outputs, and every tensor: its encoding, or why it has none."""
+    graph = prepared.captured.module
+    named = dict(zip(outputs.names(graph), query.outputs(graph.graph), strict=True))
     return {
         "inputs": [asdict(spec) for spec in prepared.captured.inputs],
         "outputs": outputs.names(prepared.captured.module),
+        "parts": {name: asdict(found) for name, node in named.items() if (found := output_parts(node)) is not None},
         "device_outputs": emit.device_outputs(prepared),
         "tie_free": prepared.plan.tie_free,
         "planned": [tensor.tensor for tensor in prepared.plan.quantized],
@@ -303,6 +309,7 @@ class More(TypedDict, total=False):
     labels: Labels | None
     folder: str | Path | None
     resume: bool
+    accept: bool
 
 
 class Everything(Options, More, total=False):
@@ -336,13 +343,15 @@ def quantize(
     labels: Labels | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
+    accept: bool = False,
     **options: Unpack[Options],
 ) -> Artifact | tuple[Artifact, ...]:
     """Prepare, calibrate on `batches`, convert into `out`, and verify on the saved samples with every runtime at hand.
 
     The report is in the artifact's `manifest["verify"]`. A list of backends gives one artifact each, in folders of `out` with their
     names; the data is passed once. Without data (`batches` None) images are distilled, see `distill_data`; a module needs
-    `example_inputs` then. `labels`, `folder` and `resume` are those of `calibrate`, `file_format` that of `convert`.
+    `example_inputs` then. `labels`, `folder` and `resume` are those of `calibrate`, `file_format` and `accept` those of `convert`:
+    without it, `QualityError` where quantization has destroyed an output, and that artifact is not written.
     """
     single = isinstance(backend, str | Backend)
     targets = (find_backend(backend),) if isinstance(backend, str | Backend) else find_backends(backend)
@@ -363,7 +372,12 @@ def quantize(
         made = calibrate_all(several, chain((first,), stream), labels=labels, folder=folder, resume=resume)
         for prepared, claimed in zip(made, places, strict=True):
             with claimed.staged() as fresh:
-                verify(convert(prepared, fresh, file_format))
+                report = verify(convert(prepared, fresh, file_format, accept))
+                if report.quality and not accept:
+                    where = f"quantization for '{prepared.backend.name}' destroys what the model computes"
+                    raise QualityError(
+                        where, found="; ".join(report.quality), action="try another recipe, or accept it with accept=True"
+                    )
     written = tuple(Artifact.open(one) for one in folders)
     return written[0] if single else written
 

@@ -109,6 +109,24 @@ def print_steps(log: Sequence[dict[str, Any]]) -> None:
     RichConsole(width=None if sys.stdout.isatty() else 160).print(table)
 
 
+def _print_outputs(report: Report, console: Any) -> None:
+    """The SQNR of every output and part of one, where there are several."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    rows = [row for row in report.results if row.outputs and row.name != "simulated"]
+    names = list(rows[0].outputs) if rows else []
+    if len(names) < 2:
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("SQNR dB to the simulation", *(row.name for row in rows)):
+        table.add_column(column, justify="right" if column != "SQNR dB to the simulation" else "left")
+    for name in names:
+        levels = [row.outputs.get(name) for row in rows]
+        table.add_row(escape(name), *("" if v is None else "exact" if v >= 999 else f"{v:.1f}" for v in levels))
+    console.print(table)
+
+
 def print_report(report: Report, out: str, data: Sequence[str]) -> None:
     """The table of a verification, and what to do next where not all is well; `data` are the options that name the samples."""
     from rich.console import Console as RichConsole
@@ -134,8 +152,9 @@ def print_report(report: Report, out: str, data: Sequence[str]) -> None:
     console = RichConsole(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     console.print(f"{report.results[0].samples} samples", style="dim")
-    for fault in report.faults:
-        console.print(f"fault: {fault}", markup=False)
+    _print_outputs(report, console)
+    for fault in (*report.faults, *report.quality):
+        console.print(f"{'accepted' if report.accepted and fault in report.quality else 'fault'}: {fault}", markup=False)
     for note in report.notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     if report.unrecorded:

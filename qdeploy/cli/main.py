@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,6 +83,7 @@ def quantize(
     verify_data: Annotated[str | None, typer.Option(help="verify on these samples, not on 64 of --data")] = None,
     labels: Labels = None,
     data_labels: Annotated[str | None, typer.Option(help="class numbers of --data: judge steps by right classes")] = None,
+    accept: Annotated[bool, typer.Option("--accept", help="write it even where quantization destroys what the model computes")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run that was interrupted")] = False,
     runtime: RuntimeNames = None,
     mean: Mean = None,
@@ -130,7 +132,8 @@ def quantize(
         _calibrate(several, source, work.parts, resume, console)
         shown = arguments.data_options(verify_data, mean, std, resize)
         done = [
-            _write(one, place, file_format, evaluation, runtime, shown, console) for one, place in zip(several, places, strict=True)
+            _write(one, place, file_format, accept, evaluation, runtime, shown, console)
+            for one, place in zip(several, places, strict=True)
         ]
         work.drop_parts()
 
@@ -162,10 +165,15 @@ def _calibrate(several: Sequence[Prepared], source: CalibrationSource, folder: P
         raise typer.Exit(130) from None
 
 
+class _Refused(Exception):
+    """What was made is not worth keeping."""
+
+
 def _write(
     prepared: Prepared,
     place: Place,
     file_format: str | None,
+    accept: bool,
     evaluation: Data | None,
     runtime: list[str] | None,
     shown: Sequence[str],
@@ -175,9 +183,9 @@ def _write(
     from qdeploy import api
     from qdeploy.export.manifest import MANIFEST
 
-    with place.staged() as fresh:
+    with suppress(_Refused), place.staged() as fresh:
         console.say(f"write ONNX for {prepared.backend.name}")
-        written = api.convert(prepared, fresh, file_format)
+        written = api.convert(prepared, fresh, file_format, accept)
         if evaluation is None:
             report = api.verify(written, runtime=runtime)
         else:
@@ -185,15 +193,22 @@ def _write(
             numbers = None if evaluation.labels is None else evaluation.labels[:used]
             with console.progress("verify", used) as progress:
                 report = api.verify(written, arguments.batches(evaluation, prepared), runtime, numbers, prepared, progress)
+        if report.quality and not accept:
+            raise _Refused
+    refused = bool(report.quality) and not accept
     command = written.manifest["command"].replace("{out}", str(place.out))
     console.print(lambda: print_steps(prepared.log))
     console.print(lambda: print_report(report, str(place.out), shown))
-    console.say(f"\nwritten to {place.out}: {', '.join((*written.manifest['files'], MANIFEST))}")
+    if refused:
+        console.say(f"\nnot written to {place.out}: quantization destroys what the model computes; --accept writes it all the same")
+    else:
+        console.say(f"\nwritten to {place.out}: {', '.join((*written.manifest['files'], MANIFEST))}")
     for note in written.manifest["notes"]:
         console.say(f"note: {note}")
-    if command:
+    if command and not refused:
         console.say(f"next: {command}")
     return {
+        "written": not refused,
         "out": str(place.out),
         "backend": prepared.backend.name,
         "command": command,

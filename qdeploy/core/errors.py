@@ -33,6 +33,10 @@ class OptionError(QDeployError):
     """An option with a value that the chosen backend, recipe or runtime does not allow."""
 
 
+class QualityError(QDeployError):
+    """Quantization destroys what the model computes."""
+
+
 class ArtifactError(QDeployError):
     """A folder that is not a whole, unchanged artifact."""
 

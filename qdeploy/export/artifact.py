@@ -16,6 +16,7 @@ import io
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,13 @@ from qdeploy.core.errors import ArtifactError, one_line
 from qdeploy.core.spec import Encoding, TensorSpec
 from qdeploy.export import manifest, place
 from qdeploy.export.manifest import MANIFEST, render, sealed, sha256
+from qdeploy.graph.parts import Parts
 
 MODEL = "model.onnx"
 SIMULATION = "model.sim.onnx"
 TAIL = "tail.onnx"
 REFERENCE = "reference.npz"
-_NEEDED = ("runtimes", "deciding", "float_bytes", "inputs", "outputs", "device_outputs", "tie_free", "planned", "encodings")
+_NEEDED = ("runtimes", "deciding", "float_bytes", "inputs", "outputs", "device_outputs", "parts", "tie_free", "planned", "encodings")
 """What `verify` reads from a manifest."""
 
 Arrays = dict[str, NDArray[Any]]
@@ -90,10 +92,17 @@ class Artifact:
             "planned": all(isinstance(text, str) for text in texts),
             "float_bytes": isinstance(self.manifest["float_bytes"], int),
             "tie_free": isinstance(self.manifest["tie_free"], bool),
+            "parts": all(self._fits(name, one) for name, one in self.parts.items()),
             "steps": all(isinstance(step["decision"], str) for step in self.manifest.get("steps", [])),
             "encodings": all(isinstance(encoding.tensor, str) for encoding in self.encodings),
         }
         return [f"'{key}' of another form" for key in (*lists, *(key for key, fit in fits.items() if not fit))]
+
+    def _fits(self, output: str, parts: Parts) -> bool:
+        """Whether an output may have these parts."""
+        numbers = [parts.axis, *parts.edges]
+        ordered = all(a < b for a, b in pairwise(parts.edges)) and len(parts.edges) == len(parts.tensors) + 1
+        return output in self.outputs and all(isinstance(n, int) and n >= 0 for n in numbers) and ordered
 
     @property
     def encodings(self) -> tuple[Encoding, ...]:
@@ -119,6 +128,17 @@ class Artifact:
     def device_outputs(self) -> list[str]:
         """Names of the outputs of `model`: those of the model, but where a `tail` makes them."""
         return list(self.manifest["device_outputs"])
+
+    @property
+    def parts(self) -> dict[str, Parts]:
+        """The parts of the outputs that a concat puts together."""
+        given = self.manifest["parts"]
+        return {name: Parts(one["axis"], tuple(one["edges"]), tuple(one["tensors"])) for name, one in given.items()}
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the user takes it though quantization has destroyed an output."""
+        return bool(self.manifest.get("accepted"))
 
     @property
     def inputs(self) -> list[dict[str, Any]]:

@@ -54,6 +54,8 @@ class Output:
 
     `step` is one step of its scale, `quantization` (dB) the SQNR of the simulation to the float model, `spread` the 0.95 quantile
     over samples of the most by which quantization moves two classes apart. `peak` is the largest value, at least what float32 resolves.
+    `part` says that it is no output of its own but a part of one: its place, and the axis with the indices where the part begins and
+    ends.
     """
 
     name: str
@@ -61,6 +63,14 @@ class Output:
     quantization: float
     spread: float
     peak: float
+    part: tuple[int, int, int, int] | None = None
+
+    def of(self, arrays: Sequence[Array], place: int) -> Array:
+        """This output, the one at `place`, or this part of one, among those of all outputs."""
+        if self.part is None:
+            return arrays[place]
+        whole, axis, start, stop = self.part
+        return arrays[whole].take(range(start, stop), axis=axis)
 
     @classmethod
     def seen(cls, name: str, plain: Array, simulated: Array, scale: float | None, loudest: float) -> Output:
@@ -155,10 +165,12 @@ class Comparison:
         """Compare one batch. Raises `ArtifactError` where `made` has other outputs, shapes or kinds of numbers than `simulated`."""
         if len(made) != len(simulated):
             raise ArtifactError("the runtime returned another number of outputs", found=len(made), allowed=len(simulated))
-        arrays = [_same_kind(o.name, s, np.asarray(r)) for o, s, r in zip(self.outputs, simulated, made, strict=True)]
+        whole = [output for output in self.outputs if output.part is None]
+        arrays = [_same_kind(o.name, s, np.asarray(r)) for o, s, r in zip(whole, simulated, made, strict=True)]
         count = len(simulated[0]) if simulated[0].ndim else 1
         errors = []
-        for output, energies, s, r in zip(self.outputs, self.energies, simulated, arrays, strict=True):
+        for place, (output, energies) in enumerate(zip(self.outputs, self.energies, strict=True)):
+            s, r = output.of(simulated, place), output.of(arrays, place)
             wanted, found = s.astype(np.float64), r.astype(np.float64)
             with np.errstate(invalid="ignore"):
                 error = np.where(wanted == found, 0.0, found - wanted)  # where both are infinite there is no error
@@ -215,6 +227,14 @@ class Comparison:
     def tests(self) -> int:
         """How many things are asked: one of each output, and one of the classes."""
         return len(self.outputs) + self.ranked
+
+    def level(self, output: int) -> tuple[float, float]:
+        """The SQNR of an output in dB, and what it may be with 95 % certainty; noise of a silent one is that to QUIET of its peak."""
+        if not self.finite:
+            return -999.0, -999.0
+        ratio, error, count = self.energies[output].ratio((QUIET * self.outputs[output].peak) ** 2)
+        least = ratio - _student(count, 0.05) * error if count >= FEW else ratio
+        return tuple(999.0 if r <= 0 else max(-999.0, min(999.0, -10 * math.log10(r))) for r in (ratio, least))  # type: ignore[return-value]
 
     def sqnr(self, output: int) -> float:
         """10 log10(signal / noise) of an output, in dB, within [-999, 999]; 999 where both are the same."""

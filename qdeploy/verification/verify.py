@@ -20,6 +20,7 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -93,13 +94,18 @@ class Report:
 
     results: tuple[Result, ...]
     faults: tuple[str, ...]
+    quality: tuple[str, ...] = ()
+    """Where the simulation has lost what the float model computes."""
+    accepted: bool = False
+    """Whether the user takes that, by `--accept`."""
     unrecorded: str = ""
     """Why the manifest has not got this report; empty where it has."""
 
     @property
     def passed(self) -> bool:
         """Whether the artifact meets all its checks: those that decide."""
-        return not self.faults and all(result.passed for result in self.results if result.decides)
+        lost = self.quality and not self.accepted
+        return not self.faults and not lost and all(result.passed for result in self.results if result.decides)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -116,6 +122,8 @@ class Report:
             return ("the artifact itself is at fault, whatever runs it: quantize the model again",)
         place, options = shlex.quote(out), "".join(f" {shlex.quote(word)}" for word in data)
         lines = []
+        if self.quality:
+            lines.append("to gain accuracy: more calibration samples, another --recipe (qdeploy recipes), or more bits")
         for row in self.results:
             name = row.name.partition(":")[0]
             if row.verdict == UNDECIDED:
@@ -131,7 +139,38 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain data, for the manifest and `--json`."""
         rows = [asdict(result) for result in self.results]
-        return {"passed": self.passed, "faults": list(self.faults), "notes": list(self.notes), "results": rows}
+        said = {"faults": self.faults, "quality": self.quality, "notes": self.notes}
+        return {"passed": self.passed, "accepted": self.accepted, **{key: list(texts) for key, texts in said.items()}, "results": rows}
+
+
+LEAST_QUALITY = 10.0
+"""dB of an output or a part of one, below which quantization has destroyed it."""
+MOST_POINTS = 0.05
+"""Share of right classes that quantization may cost."""
+
+
+def destroyed(known: Sequence[Output], plain: Sequence[Array], simulated: Sequence[Array]) -> list[str]:
+    """The outputs, or parts of them, of which the simulation keeps less than `LEAST_QUALITY` on the saved samples, a sentence each."""
+    compared = Comparison(known)
+    compared.add(plain, simulated, None)
+    found = []
+    for place, output in enumerate(known):
+        if plain[place if output.part is None else output.part[0]].dtype.kind != "f":
+            continue
+        level, most = compared.level(place)
+        if most < LEAST_QUALITY:
+            what = f"part {output.name}" if output.part is not None else f"output '{output.name}'"
+            found.append(f"{what} of the simulation is {level:.1f} dB from the float model, {LEAST_QUALITY:.0f} dB are asked")
+    return found
+
+
+def fewer_right(references: Sequence[Result]) -> list[str]:
+    """What there is to say where labels show that quantization costs more than `MOST_POINTS` of the right classes."""
+    rates = [row.accuracy for row in references]
+    if len(rates) < 2 or rates[0] is None or rates[-1] is None or rates[0] - rates[-1] <= MOST_POINTS:
+        return []
+    lost = 100 * (rates[0] - rates[-1])
+    return [f"quantization costs {lost:.1f} points of {rates[0]:.2%} right classes, {100 * MOST_POINTS:.0f} points are taken"]
 
 
 class _Row:
@@ -254,6 +293,7 @@ def verify_artifact(
     faults += _number_faults(artifact)
     saved = _saved(artifact)
     known = _known(artifact, saved)
+    quality = destroyed(known, saved.float_outputs, saved.simulated)
     references, data = _references(artifact, batches, simulation, saved)
     deciding = [runtime is not None or artifact.decides(way.name, variant) for way, variant in chosen]
     rows = [
@@ -270,7 +310,9 @@ def verify_artifact(
             faults += [
                 f"{artifact.simulation.name} does not compute the saved simulation: {fault}" for fault in row.result(level).faults
             ]
-        report = Report(results=tuple(row.result(level) for row in (*references, *rows)), faults=tuple(faults))
+        results = tuple(row.result(level) for row in (*references, *rows))
+        quality += fewer_right(results[: len(references)])
+        report = Report(results=results, faults=tuple(faults), quality=tuple(quality), accepted=artifact.accepted)
     try:
         artifact.record("verify", report.to_json())
     except OSError as error:
@@ -353,7 +395,15 @@ def _known(artifact: Artifact, saved: _Saved) -> list[Output]:
     floats = [a[np.isfinite(a)] for a in (*saved.inputs, *saved.simulated) if a.dtype.kind == "f"]
     loudest = max((float(np.abs(values).max(initial=0.0)) for values in floats), default=0.0)
     pairs = zip(artifact.outputs, saved.float_outputs, saved.simulated, strict=True)
-    return [Output.seen(name, plain, simulated, scales.get(name), loudest) for name, plain, simulated in pairs]
+    known = [Output.seen(name, plain, simulated, scales.get(name), loudest) for name, plain, simulated in pairs]
+    for name, parts in artifact.parts.items():
+        place = artifact.outputs.index(name)
+        for tensor, (start, stop) in zip(parts.tensors, pairwise(parts.edges), strict=True):
+            whole = known[place]
+            part = replace(whole, name=f"{name}[{tensor}]", part=(place, parts.axis, start, stop))
+            arrays = (part.of(values, place) for values in (saved.float_outputs, saved.simulated))
+            known.append(replace(Output.seen(part.name, *arrays, scales.get(name), loudest), part=part.part))
+    return known
 
 
 def _references(
