@@ -455,3 +455,41 @@ def test_outputs_are_named_by_their_keys_or_by_their_modules(case: str):
 def test_a_number_that_depends_on_the_inputs_is_no_output():
     with pytest.raises(CaptureError, match="returns a number that depends on its inputs"):
         capture(Lambda(lambda s, x: {"y": x * 2, "count": x.shape[0]}), images(2))
+
+
+class InPlace(nn.Module):
+    """Works in place on its input, and on two states of its own."""
+
+    total: Tensor
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu, self.fc = nn.ReLU(inplace=True), nn.Linear(4, 3)
+        self.register_buffer("total", torch.zeros(3))
+        self.register_buffer("calls", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        made = self.fc(self.relu(x.add_(0.5)))
+        self.total.add_(made.mean())
+        self.calls += 1
+        return made, x, self.total
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_model_that_works_in_place_changes_no_data_and_no_state_of_the_user(exported: bool) -> None:
+    model, x = noisy(InPlace()).eval(), torch.randn(6, 4)
+    given, wanted = x.clone(), [t.clone() for t in copy.deepcopy(model)(x.clone())]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    one = qdeploy.prepare(program(model, x.clone()) if exported else model, given, "onnxruntime")
+    qdeploy.calibrate(one, [given])
+    made = one(given)
+    assert torch.equal(given, x)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    with torch.no_grad():
+        floats = one.floating(given)
+    assert all(
+        torch.allclose(a, b, atol=0.05) and torch.allclose(f, b, atol=1e-3) for a, f, b in zip(made, floats, wanted, strict=True)
+    )
+    (note,) = [note for note in one.captured.notes if "changes its" in note]
+    assert "buffers 'total', 'calls'" in note and "at capture" in note

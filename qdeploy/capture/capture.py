@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -55,6 +56,7 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Batch | None, dy
     else:
         example, program, specs = _from_module(model, _call(model, example_inputs, dynamic or {}), dynamic is None, notes)
     module = _decomposed(program)
+    _drop_writes(module, notes)
     outputs.check(module)
     _by_place(module)
     _own_parameters(module)
@@ -68,12 +70,12 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Batch | None, dy
     return Captured(module=module, inputs=specs, example=example, notes=tuple(notes))
 
 
-def _decomposed(program: ExportedProgram) -> fx.GraphModule:
-    """The graph of `program` in the operators that qdeploy knows; `CaptureError` where it is none that torch would have written."""
+def _decomposed(program: ExportedProgram, table: Mapping[Any, Callable[..., Any]] = decompose.DECOMPOSITIONS) -> fx.GraphModule:
+    """The functional graph of `program` without the operators of `table`; `CaptureError` where it is none that torch would have written."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, while it copies its programs
-            module = program.run_decompositions(decompose.DECOMPOSITIONS).module(check_guards=False)
+            module = program.run_decompositions(dict(table)).module(check_guards=False)
     except QDeployError:
         raise
     except Exception as error:  # torch takes graphs on trust, and fails somewhere
@@ -85,6 +87,27 @@ def _decomposed(program: ExportedProgram) -> fx.GraphModule:
         if node.name in GENERATED:  # torch.export names them after parameters, and would hide what the generated source needs
             node._rename(f"{node.name}_")
     return module
+
+
+def _drop_writes(module: fx.GraphModule, notes: list[str]) -> None:
+    """Leave out what writes results back into inputs and buffers, as `x.mul_` does: the graph computes with the results themselves.
+
+    A buffer that a model changes is a state, which no deployed file keeps: every call starts from its value now, and a note says so.
+    """
+    states = []
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        written, result = node.args[:2]
+        assert isinstance(written, fx.Node) and isinstance(result, fx.Node)
+        if written.op == "get_attr":
+            states.append(f"'{written.target}'")
+        node.replace_all_uses_with(result)
+        module.graph.erase_node(node)
+    if states:
+        several = len(states) > 1
+        what = f"buffer{'s' if several else ''} {', '.join(states)}"
+        action = f"take {'them' if several else 'it'} as an input and return {'them' if several else 'it'} to keep a state"
+        notes.append(f"the model changes its {what}; each call of the deployed model starts from what was there at capture: {action}")
+    module.recompile()
 
 
 Traced = tuple[tuple[Tensor, ...], ExportedProgram, tuple[TensorSpec, ...]]
@@ -227,8 +250,11 @@ def _make_dynamic(
     program: ExportedProgram, example: tuple[Tensor, ...], specs: Sequence[TensorSpec], notes: list[str]
 ) -> ExportedProgram:
     """`program` with a dynamic batch, where its graph computes the same for two samples at once; else unchanged, with a note."""
-    single = program.module(check_guards=False)
+    in_place = any(map(_writes, program.graph.nodes))
+    single = _decomposed(program, {}) if in_place else program.module(check_guards=False)
     assert isinstance(single, fx.GraphModule)
+    dropped: list[str] = []
+    _drop_writes(single, dropped)
     _by_place(single)
     other = tuple(t.flip(tuple(range(t.dim()))) / 2 if t.is_floating_point() and t.dim() else t for t in example)
     doubled = tuple(torch.cat(pair) if pair[0].dim() else pair[0] for pair in zip(example, other, strict=True))
@@ -243,10 +269,16 @@ def _make_dynamic(
     except (CaptureError, InputError, RuntimeError, TypeError, IndexError):
         same = False
     if same:
+        notes.extend(dropped)
         return dynamic
     batch = next((spec.shape[0] for spec in inputs.program_inputs(program) if spec.shape), 1)
     notes.append(f"the batch stays fixed at {batch}, as it was exported; export with a dynamic batch to change that")
     return program
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node works in place."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _by_place(module: fx.GraphModule) -> None:
