@@ -493,3 +493,15 @@ def test_a_model_that_works_in_place_changes_no_data_and_no_state_of_the_user(ex
     )
     (note,) = [note for note in one.captured.notes if "changes its" in note]
     assert "buffers 'total', 'calls'" in note and "at capture" in note
+
+
+def test_a_program_that_was_decomposed_before_is_captured_as_the_layers_it_was_made_of() -> None:
+    model = noisy(
+        nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1, groups=3), nn.ReLU(), nn.ConvTranspose2d(6, 4, 2, 2), nn.Flatten(), nn.Linear(256, 5))
+    )
+    decomposed = program(model, images(2)).run_decompositions()
+    assert any(str(node.target) == "aten.convolution.default" for node in decomposed.graph.nodes)
+    captured = capture(decomposed, None).module
+    made = [query.op_of(node).name for node in captured.graph.nodes if node.op == "call_function"]
+    assert made == ["conv2d", "relu", "conv_transpose2d", "reshape", "linear"]
+    assert_computes(captured, model, (images(2),), 1e-5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import networks
@@ -309,10 +309,32 @@ def test_they_run_on_all_runtimes_at_hand(backend: str, tmp_path: Path) -> None:
     assert report.passed, report
 
 
+class Paired(nn.Module):
+    """A function of a tensor and itself."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, x)
+
+
 COUNTS = {
     "convolution": (nn.Conv2d(4, 6, 3, groups=2), (4, 5, 5), 6 * 3 * 3 * 2 * 9),
     "transposed": (nn.ConvTranspose2d(4, 6, 3, groups=2), (4, 5, 5), 4 * 25 * 3 * 9),
     "linear": (nn.Linear(6, 5), (3, 6), 3 * 6 * 5),
+    "lstm": (nn.LSTM(4, 5, batch_first=True), (7, 4), 7 * 4 * 5 * (4 + 5)),
+    "lstm with a projection": (nn.LSTM(4, 5, proj_size=3, batch_first=True), (7, 4), 7 * (4 * 5 * (4 + 3) + 5 * 3)),
+    "gru of two layers and directions": (
+        nn.GRU(4, 5, 2, batch_first=True, bidirectional=True),
+        (7, 4),
+        7 * 2 * 3 * 5 * ((4 + 5) + (2 * 5 + 5)),
+    ),
+    "rnn cell": (nn.RNNCell(4, 5), (4,), 5 * (4 + 5)),
+    "bilinear": (Paired(nn.Bilinear(4, 4, 3)), (6, 4), 6 * 3 * 4 * 4),
+    "einsum": (Paired(partial(torch.einsum, "...hid,...hjd->...hij")), (2, 6, 4), 2 * 6 * 6 * 4),
+    "inner product": (Paired(torch.inner), (4,), 4),
 }
 
 
@@ -320,7 +342,22 @@ COUNTS = {
 def test_multiply_accumulates_are_counted_for_one_sample(name: str) -> None:
     layer, shape, wanted = COUNTS[name]
     module = capture(layer.eval(), torch.randn(2, *shape)).module
-    assert [query.macs(node) for node in module.graph.nodes if node.op == "call_function"] == [wanted]
+    assert [made for node in module.graph.nodes if node.op == "call_function" and (made := query.macs(node))] == [wanted]
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.lstm, self.head = nn.Linear(8, 8), nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(self.fc(x))[0])
+
+
+def test_a_recurrent_layer_that_stays_in_float_is_part_of_the_share() -> None:
+    one = qdeploy.prepare(Recurrent().eval(), torch.randn(4, 10, 8), "tensorrt", recipe="plain")
+    linear, recurrent = 8 * 8 + 16 * 4, 4 * 16 * (8 + 16)
+    assert math.isclose(one.plan.share, linear / (linear + recurrent))
 
 
 def test_the_share_of_quantized_work_is_by_multiply_accumulates() -> None:

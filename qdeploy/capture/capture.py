@@ -71,7 +71,7 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Batch | None, dy
 
 
 def _decomposed(program: ExportedProgram, table: Mapping[Any, Callable[..., Any]] = decompose.DECOMPOSITIONS) -> fx.GraphModule:
-    """The functional graph of `program` without the operators of `table`; `CaptureError` where it is none that torch would have written."""
+    """The functional graph of `program` without the operators of `table`; `CaptureError` where torch would have written none such."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, while it copies its programs

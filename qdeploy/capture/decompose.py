@@ -54,6 +54,26 @@ def attention(
     return torch.matmul(torch.softmax(scores, -1), value)
 
 
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Any:
+    """The one op for all convolutions, of programs that were decomposed before, by the name of what it computes."""
+    functions = torch.nn.functional
+    sides = weight.dim() - 2
+    if transposed:
+        call = getattr(functions, f"conv_transpose{sides}d")
+        return call(x, weight, bias, stride, padding, output_padding, groups, dilation)
+    return getattr(functions, f"conv{sides}d")(x, weight, bias, stride, padding, dilation, groups)
+
+
 def addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """A linear layer whose weight is stored the other way round, as in GPT-2; with factors a product and a sum."""
     if bias.dim() == 1 and beta == 1 and alpha == 1:
@@ -192,6 +212,7 @@ def _moment(root: bool, both: bool, unbiased: bool) -> Callable[..., Any]:
 
 DECOMPOSITIONS = {
     torch.ops.aten.scaled_dot_product_attention.default: attention,
+    torch.ops.aten.convolution.default: convolution,
     torch.ops.aten.addmm.default: addmm,
     torch.ops.aten.baddbmm.default: baddbmm,
     torch.ops.aten.addcmul.default: addcmul,

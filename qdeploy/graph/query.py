@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -127,24 +127,57 @@ def geometry(node: fx.Node) -> Geometry | None:
 
 
 def macs(node: fx.Node) -> int:
-    """Multiply-accumulates of a layer or a matrix product, for one sample; 0 of any other op."""
+    """Multiply-accumulates of a layer, a matrix product or a recurrent network, for one sample; 0 of any other op."""
     op, made = op_of(node), value(node)
-    if op.kind != "compute" or not isinstance(made, Tensor):
+    if op.name in _RECURRENT:  # every step meets every matrix once, whatever the layers and directions
+        matrices = [n for n in node.all_input_nodes[1:] if n.op == "get_attr" and len(_shape(n)) == 2]
+        return math.prod(_shape(node.all_input_nodes[0])[:-1]) * sum(math.prod(_shape(n)) for n in matrices)
+    shapes = [_shape(source) for source in _tensors(node)]
+    if not isinstance(made, Tensor) or len(shapes) < 2:
         return 0
-    weight = argument(node, op.weight if op.weight is not None else 1)
-    shape = value(weight) if weight is not None else None
-    if not isinstance(shape, Tensor):
+    if op.name in _CONTRACTIONS:
+        return _elements(made) * _CONTRACTIONS[op.name](node, *shapes)
+    weight = argument(node, op.weight)
+    if weight is None:
         return 0
-    if op.name == "matmul":
-        inner = shape.shape[-2] if shape.dim() > 1 else shape.shape[0]
-        return _elements(made) * int(inner)
-    if op.name == "linear":
-        return _elements(made) * int(shape.shape[1])
-    if "transpose" in op.name:  # every input element meets all that a weight has for its channel
-        source = value(node.all_input_nodes[0])
-        assert isinstance(source, Tensor)
-        return _elements(source) * math.prod(shape.shape[1:])
-    return _elements(made) * math.prod(shape.shape[1:])
+    kernel = math.prod(_shape(weight)[1:])
+    # of a transposed convolution every input element meets all that a weight has for its channel
+    return (math.prod(shapes[0]) if "transpose" in op.name else _elements(made)) * kernel
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    """The tensors that an op takes, one twice where it takes it twice."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(node.args) if isinstance(leaf, fx.Node)]
+
+
+def _summed(node: fx.Node, *shapes: tuple[int, ...]) -> int:
+    """The sizes over which an einsum sums, multiplied."""
+    terms, _, made = str(node.args[0]).replace(" ", "").replace("...", "").partition("->")
+    names = terms.split(",")
+    if not made:  # as it is without an arrow: what stands there once, stays
+        made = "".join(letter for letter in terms if terms.count(letter) == 1)
+    sizes: dict[str, int] = {}
+    for letters, shape in zip(names, shapes, strict=False):
+        sizes |= dict(zip(letters[::-1], shape[::-1], strict=False))
+    return math.prod(size for letter, size in sizes.items() if letter not in made)
+
+
+_RECURRENT = frozenset(f"{name}{end}" for name in ("lstm", "gru", "rnn_tanh", "rnn_relu") for end in ("", "_cell"))
+_CONTRACTIONS: dict[str, Callable[..., int]] = {
+    "matmul": lambda _, a, b: a[-1],
+    **dict.fromkeys(("mv", "dot", "vdot", "inner"), lambda _, a, b: a[-1]),
+    "tensordot": lambda node, a, b: math.prod(a[dim] for dim in node.args[2]),
+    "einsum": _summed,
+    "bilinear": lambda _, a, b, weight, *bias: math.prod(weight[1:]),
+    "conv_tbc": lambda _, a, weight, *bias: math.prod(weight[:2]),
+}
+"""By the shapes of its tensors, how many products an op adds up for one element of what it makes."""
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    """Of one sample, where the batch may vary; empty of what is no tensor."""
+    made = value(node)
+    return tuple(size if isinstance(size, int) else 1 for size in made.shape) if isinstance(made, Tensor) else ()
 
 
 def _elements(made: Tensor) -> int:

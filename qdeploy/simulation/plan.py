@@ -284,8 +284,9 @@ class _Planner:
         done = total = 0
         for node in self.calls:
             macs = query.macs(node)
-            weight = query.argument(node, self.op[node].weight)
-            stored = weight is None or weight.op != "get_attr" or query.tensor_name(weight) in parameters
+            bias = query.argument(node, self.op[node].bias)
+            fetched = {n for n in node.all_input_nodes if n.op == "get_attr" and n in self.floats and n is not bias}
+            stored = all(query.tensor_name(n) in parameters for n in fetched)
             operands = [source for source in self.data[node] if source.op != "get_attr"]
             total += macs
             done += macs * (stored and all((source, node) in self.edges for source in operands))
