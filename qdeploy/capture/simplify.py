@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from qdeploy.capture.data_movement import END
+from qdeploy.capture.products import name_linear_layers
 from qdeploy.core.ops import MOVE
 from qdeploy.graph import edit, query
 from qdeploy.numerics.observer import MASK
@@ -23,6 +24,7 @@ _CHECKS = ("_assert_tensor_metadata", "_assert_scalar")
 """What the exporter leaves of a cast to the same dtype: it makes nothing, but would count as a reader."""
 _NEUTRAL = {"mul": 1, "div": 1, "add": 0, "sub": 0}
 """The number that an op with it leaves everything as it is."""
+_MADE_FROM_ONE = {"transpose": "transposed", "mul": "scaled"}
 _LEAST = -1e9
 """From here down a number is no value but a mask."""
 _MAKES_MASKS = frozenset({"full", "full_like", "scalar_tensor", "masked_fill", "where", "mul", "fill"})
@@ -36,7 +38,9 @@ _BROADCASTS = frozenset({"add", "sub", "rsub", "mul", "div", "pow", "maximum", "
 
 def simplify(module: fx.GraphModule) -> None:
     """All passes, in the order in which one makes work for the next."""
+    name_linear_layers(module)  # before a matrix that is read transposed becomes one more constant
     fold_constants(module)
+    name_linear_layers(module)
     fold_sample_constants(module)
     drop_no_ops(module)
     drop_expands(module)
@@ -228,10 +232,10 @@ def _in_order(node: fx.Node) -> bool:
 
 
 def _constant_path(node: fx.Node) -> str:
-    """Where a computed constant is kept: beside the one parameter that it is turned from, if it is no more than that."""
-    sources = node.all_input_nodes
-    turned = len(sources) == 1 and sources[0].op == "get_attr" and len(sources[0].users) == 1 and query.op_of(node).name == "transpose"
-    return f"{sources[0].target}_transposed" if turned else f"constants.{node.name}"
+    """Where a computed constant is kept: beside the one parameter that it is turned or scaled from, if it is no more than that."""
+    sources, done = node.all_input_nodes, _MADE_FROM_ONE.get(query.op_of(node).name)
+    alone = len(sources) == 1 and sources[0].op == "get_attr" and len(sources[0].users) == 1
+    return f"{sources[0].target}_{done}" if alone and done else f"constants.{node.name}"
 
 
 def _repeats(node: fx.Node) -> bool:

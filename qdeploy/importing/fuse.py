@@ -6,7 +6,6 @@ mish          x * tanh(softplus(x))
 hardswish     x * clip(x + 3, 0, 6) / 6, x * hardsigmoid(x)
 layer norm    (x - mean) / sqrt(mean((x - mean)^2) + eps) * scale + bias
 group norm    instance norm between two reshapes
-linear        Gemm, and MatMul with a constant matrix, with the Add of a constant vector; the weight is transposed here, once
 prelu         a slope [C, 1, 1] becomes [C]
 """
 
@@ -19,7 +18,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from qdeploy.importing.table import OPERATORS
-from qdeploy.importing.weights import attribute, linears, reshaped, slopes, tidy
+from qdeploy.importing.weights import attribute, reshaped, slopes, tidy
 
 _DEEPEST = 6
 """Products inside each other that can be one gate; a chain of products is no gate, and may be as long as the model."""
@@ -32,7 +31,6 @@ def fuse(module: fx.GraphModule) -> None:
     layer_norms(module)
     group_norms(module)
     activations(module)
-    linears(module)
     slopes(module)
     module.graph.eliminate_dead_code()
     tidy(module)

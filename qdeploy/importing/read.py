@@ -27,7 +27,7 @@ FIRST_OPSET, LAST_OPSET = 7, 25
 
 LONGEST_NAME = 1000
 COPY_AGAIN = "copy or export the file again"
-_OWN = ("Linear", "PReluChannels", "SpelledLayerNorm")
+_OWN = ("PReluChannels", "SpelledLayerNorm")
 _RECURRENT = ("LSTM", "GRU", "RNN")
 _CONTROL = ("If", "Loop", "Scan", "SequenceMap")
 _QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")

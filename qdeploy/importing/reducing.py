@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from qdeploy.capture import decompose
 from qdeploy.core.errors import CaptureError
@@ -65,18 +64,13 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch.matmul(a, b)
 
 
-@operator("Linear")
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Not of ONNX: what `fuse` makes of Gemm, and of MatMul with a constant matrix."""
-    return F.linear(x, weight, bias)
-
-
 @operator("Gemm")
 def gemm(
     a: Tensor, b: Tensor, c: Tensor | None = None, *, alpha: float = 1.0, beta: float = 1.0, transA: int = 0, transB: int = 0
 ) -> Tensor:
+    """The factors go to the matrix and the summand, since those are constants in a layer."""
+    b = b if alpha == 1 else b * alpha
     made = torch.matmul(a.t() if transA else a, b.t() if transB else b)
-    made = made if alpha == 1 else made * alpha
     if c is None:
         return made
     return made + (c if beta == 1 else c * beta)

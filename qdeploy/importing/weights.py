@@ -1,10 +1,8 @@
-"""Constant weights in the layout that torch has them in: linear layers from Gemm and MatMul, slopes, vectors of channels."""
+"""Constant weights in the layout that torch has them in: slopes, vectors of channels."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, fx
 
@@ -19,96 +17,9 @@ def attribute(module: fx.GraphModule, value: object) -> Tensor | None:
     return attribute_at(module, str(value.target))
 
 
-def linears(module: fx.GraphModule) -> None:
-    """Gemm and MatMul with a constant matrix become linear, with the Add of a constant vector as bias."""
-    made: dict[tuple[str, bool, float], str] = {}
-    fetched: dict[str, list[fx.Node]] = {}
-    for node in module.graph.find_nodes(op="get_attr"):
-        fetched.setdefault(str(node.target), []).append(node)
-    for node in list(module.graph.nodes):
-        operator = node.meta.get("onnx")
-        if operator not in ("Gemm", "MatMul"):
-            continue
-        matrix = attribute(module, node.args[1])
-        if matrix is None or matrix.dim() != 2 or not matrix.is_floating_point() or node.kwargs.get("transA"):
-            continue
-        root, bias = (node, _gemm_bias(module, node, matrix)) if operator == "Gemm" else _added(module, node, matrix)
-        if bias is False:
-            continue
-        straight, factor = bool(node.kwargs.get("transB")), float(node.kwargs.get("alpha", 1.0))
-        path = _linear_weight(module, node, matrix, straight, factor, bias, made, fetched)
-        with node.graph.inserting_before(root):
-            inputs = (node.args[0], node.graph.get_attr(path), *([node.graph.get_attr(bias)] if isinstance(bias, str) else []))
-            new = node.graph.call_function(OPERATORS["Linear"].run, inputs)
-        new.meta = dict(node.meta) | {"onnx": "Linear"}
-        root.replace_all_uses_with(new)
-        for constant in new.all_input_nodes[1:]:
-            fetched.setdefault(str(constant.target), []).append(constant)
-        for old in dict.fromkeys((root, node)):
-            read = old.all_input_nodes
-            module.graph.erase_node(old)
-            for constant in read:
-                if constant.op == "get_attr" and not constant.users:
-                    module.graph.erase_node(constant)
-    module.graph.eliminate_dead_code()
-
-
-def _linear_weight(
-    module: fx.GraphModule,
-    node: fx.Node,
-    matrix: Tensor,
-    straight: bool,
-    factor: float,
-    bias: object,
-    made: dict[tuple[str, bool, float], str],
-    fetched: Mapping[str, Sequence[fx.Node]],
-) -> str:
-    """The path of the weight as torch has it: the file's own where it has that layout, else a new one of the best name."""
-    given: Any = node.args[1]
-    path = str(given.target)
-    if straight and factor == 1:
-        return path
-    key = (path, straight, factor)
-    if key not in made:
-        weight = (matrix if straight else matrix.t().contiguous()) * factor
-        named = path.endswith("weight") or not isinstance(bias, str) or not bias.endswith(".bias")
-        name = path if named else bias.removesuffix("bias") + "weight"  # type: ignore[attr-defined]
-        if name == path and not any(user is not node for other in fetched[path] for user in other.users):
-            _drop(module, path)
-        made[key] = keep(module, name, weight)
-    return made[key]
-
-
 def _drop(module: fx.GraphModule, path: str) -> None:
     owner, _, name = path.rpartition(".")
     delattr(module.get_submodule(owner), name)
-
-
-def _gemm_bias(module: fx.GraphModule, node: fx.Node, matrix: Tensor) -> str | bool | None:
-    """The path of a constant bias; None without one, False where it is no vector of the outputs."""
-    given = node.args[2] if len(node.args) > 2 else None
-    if given is None:
-        return None
-    vector = attribute(module, given)
-    size = matrix.shape[0 if node.kwargs.get("transB") else 1]
-    if vector is None or vector.numel() not in (1, size) or (vector.dim() > 1 and vector.shape[-1] != vector.numel()):
-        return False
-    path = str(given.target)  # type: ignore[union-attr]
-    factor = float(node.kwargs.get("beta", 1.0))  # type: ignore[arg-type]
-    if list(vector.shape) == [size] and factor == 1:
-        return path
-    return keep(module, path, (vector.reshape(-1).expand(size) * factor).contiguous())
-
-
-def _added(module: fx.GraphModule, node: fx.Node, matrix: Tensor) -> tuple[fx.Node, str | None]:
-    """The Add of a constant vector after a product, where that alone reads it; else the product itself."""
-    users = list(node.users)
-    if len(users) == 1 and users[0].meta.get("onnx") == "Add":
-        other = next((a for a in users[0].args if a is not node), None)
-        vector = attribute(module, other)
-        if vector is not None and list(vector.shape) == [matrix.shape[1]]:
-            return users[0], str(other.target)  # type: ignore[union-attr]
-    return node, None
 
 
 def reshaped(module: fx.GraphModule, before: fx.Node, parameter: fx.Node, *sizes: int) -> fx.Node:
