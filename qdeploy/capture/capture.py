@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,12 +70,12 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Batch | None, dy
     return Captured(module=module, inputs=specs, example=example, notes=tuple(notes))
 
 
-def _decomposed(program: ExportedProgram, table: Mapping[Any, Callable[..., Any]] = decompose.DECOMPOSITIONS) -> fx.GraphModule:
+def _decomposed(program: ExportedProgram, table: dict[Any, Any] = decompose.DECOMPOSITIONS) -> fx.GraphModule:
     """The functional graph of `program` without the operators of `table`; `CaptureError` where torch would have written none such."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, while it copies its programs
-            module = program.run_decompositions(dict(table)).module(check_guards=False)
+            module = program.run_decompositions(table).module(check_guards=False)
     except QDeployError:
         raise
     except Exception as error:  # torch takes graphs on trust, and fails somewhere

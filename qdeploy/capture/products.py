@@ -34,7 +34,7 @@ class _Product:
 
 
 def name_linear_layers(module: fx.GraphModule) -> int:
-    """Make linear layers of products with constant matrices, with a constant vector that is added behind as bias. Returns their number."""
+    """Make linear layers of products with constant matrices, a constant vector behind being the bias. Returns their number."""
     found = list(_products(module))
     stored = {path: query.parameter(module, path) for path in {str(one.fetched.target) for one in found}}
     changed = {id(one.node): one.turned for one in found if one.turned or stored[str(one.fetched.target)].dim() != 2}
@@ -227,7 +227,7 @@ def _swaps(node: fx.Node) -> bool:
     if node.op != "call_function" or query.op_of(node).name != "transpose":
         return False
     rank = _rank(node.all_input_nodes[0])
-    if rank < 2:
+    if rank < 2 or isinstance(node.target, str):
         return False
     sizes = tuple(range(2, rank + 2))  # all different
     turned = node.target(torch.empty(sizes, device="meta"), *node.args[1:], **node.kwargs)

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from qdeploy.capture.data_movement import END
+from qdeploy.capture.masks import bound_masks
 from qdeploy.capture.products import name_linear_layers
-from qdeploy.core.ops import MOVE
 from qdeploy.graph import edit, query
-from qdeploy.numerics.observer import MASK
 
 _NOTHING = ("alias", "clone", "contiguous", "detach", "dropout", "feature_dropout", "lift_fresh_copy")
 _RESHAPES = frozenset({"reshape", "squeeze", "expand"})
@@ -25,12 +24,6 @@ _CHECKS = ("_assert_tensor_metadata", "_assert_scalar")
 _NEUTRAL = {"mul": 1, "div": 1, "add": 0, "sub": 0}
 """The number that an op with it leaves everything as it is."""
 _MADE_FROM_ONE = {"transpose": "transposed", "mul": "scaled"}
-_LEAST = -1e9
-"""From here down a number is no value but a mask."""
-_MAKES_MASKS = frozenset({"full", "full_like", "scalar_tensor", "masked_fill", "where", "mul", "fill"})
-_HANDS_ON_MASKS = (
-    frozenset({"add", "where", "masked_fill", "mul", "minimum", "maximum", "to", "_to_copy", "index", "triu", "tril"}) | MOVE
-)
 _FILLED = frozenset({"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"})
 """They take no value of their first argument, its shape or its dtype only."""
 _BROADCASTS = frozenset({"add", "sub", "rsub", "mul", "div", "pow", "maximum", "minimum", "where"})
@@ -65,37 +58,6 @@ def drop_no_ops(module: fx.GraphModule) -> int:
         count += 1
     edit.finish(module)
     return count
-
-
-def bound_masks(module: fx.GraphModule) -> int:
-    """Write MASK where attention masks have -inf or the least number of float32, and mark the tensors that carry it.
-
-    A softmax makes 0 of either, but arithmetic on the others ends in inf and NaN, and no range can be found for them. `meta["masked"]`
-    stands at every tensor up to the softmax, so that the masked places are left out of its range.
-    """
-    count = 0
-    for node in module.graph.nodes:
-        if node.op == "get_attr" and query.is_float(node):
-            tensor = query.parameter(module, str(node.target))
-            if bool((tensor <= _LEAST).any()):
-                with torch.no_grad():
-                    tensor.clamp_(min=MASK)
-                node.meta["masked"] = True
-                count += 1
-        elif node.op == "call_function" and query.is_float(node):
-            name = query.op_of(node).name
-            hidden = [position for position, argument in enumerate(node.args) if _hides(argument)] if name in _MAKES_MASKS else []
-            for position in hidden:
-                node.update_arg(position, MASK)
-            count += bool(hidden)
-            if hidden or (name in _HANDS_ON_MASKS and any("masked" in source.meta for source in node.all_input_nodes)):
-                node.meta["masked"] = True
-    module.recompile()
-    return count
-
-
-def _hides(argument: object) -> bool:
-    return isinstance(argument, float | int) and not isinstance(argument, bool) and (argument <= _LEAST or argument == MASK)
 
 
 def fold_constants(module: fx.GraphModule) -> int:

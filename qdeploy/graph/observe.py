@@ -6,12 +6,13 @@ computed once a tensor and channel axis, whatever the number of observers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 
 from torch import Tensor, fx, nn
 
 from qdeploy.graph import edit, query
-from qdeploy.numerics.observer import Observer, as_rows, finite_minmax, unmasked
+from qdeploy.numerics.observer import Mask, Observer, as_rows, finite_minmax, unmasked
 
 FOLDER = "taps"
 
@@ -19,10 +20,12 @@ FOLDER = "taps"
 class ObserverTap(nn.Module):
     """Shows a tensor to its observers."""
 
-    def __init__(self, tensor: str, observers: Sequence[Observer], masked: bool):
+    def __init__(self, tensor: str, observers: Sequence[Observer], mask: Mask | None, alone: Set[int]):
         super().__init__()
         self.tensor = tensor
-        self.masked = masked
+        self.mask = mask
+        self.alone = {id(one) for one in observers} & alone
+        """Observers of this tensor only."""
         self.by_axis: dict[int | None, list[Observer]] = {}
         for observer in observers:
             self.by_axis.setdefault(observer.spec.axis, []).append(observer)
@@ -31,11 +34,13 @@ class ObserverTap(nn.Module):
         """Update all observers; `InputError` naming the tensor when NaN or Inf is among the values."""
         for axis, observers in self.by_axis.items():
             rows = as_rows(x, axis)
-            if self.masked:
-                rows = unmasked(rows)
-            low, high = finite_minmax(rows, self.tensor)
-            for observer in observers:
-                observer.update(rows, low, high)
+            for alone in (True, False):
+                showing = [one for one in observers if (id(one) in self.alone) is alone]
+                if showing:
+                    seen = rows if self.mask is None else unmasked(rows, self.mask, alone)
+                    low, high = finite_minmax(seen, self.tensor)
+                    for observer in showing:
+                        observer.update(seen, low, high)
 
 
 class WidthTap(nn.Module):
@@ -63,11 +68,13 @@ def insert_observers(
     """A copy of the float graph `module` in which the tensors that `observers` and `widths` name show themselves."""
     copy = edit.copy(module)
     copy.add_module(FOLDER, nn.Module())
+    times = Counter(id(one) for several in observers.values() for one in several)
+    alone = {one for one, count in times.items() if count == 1}
     for node in list(copy.graph.nodes):
         name = query.tensor_name(node)
         taps: list[nn.Module] = []
         if node.op in ("placeholder", "call_function") and name in observers:
-            taps.append(ObserverTap(name, observers[name], "masked" in node.meta))
+            taps.append(ObserverTap(name, observers[name], node.meta.get("masked"), alone))
         if node.op in ("placeholder", "call_function") and name in (widths or {}):
             taps.append((widths or {})[name])
         for tap in taps:

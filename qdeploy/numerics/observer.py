@@ -11,6 +11,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -56,10 +57,24 @@ class Observer(ABC):
 
 MASK = -1e4
 """What a captured graph adds to masked places, or puts there: a softmax makes exp(-1e4) = 0 of it."""
-MASKED = -5e3
-"""Values from here down are masked, in a tensor that carries an attention mask."""
 MARGIN = 16.0
 """How far below the least other value a masked place is seen: exp(-16) is 1e-7."""
+_CERTAIN = -1e3
+"""No number of a model is as low."""
+WIDE = 128.0
+"""That of a tensor that is a mask and nothing else: it stays far below all that it is added to, and takes no code from anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """What a tensor with masked places has there: about `level`, by which they are told; a positive one where high numbers hide.
+
+    They are seen `margin` beyond all other values.
+    """
+
+    level: float = MASK
+    margin: float = MARGIN
+
 
 observers: Registry[type[Observer]] = Registry("observer", "qdeploy.calibration")
 
@@ -101,14 +116,25 @@ def as_rows(x: Tensor, axis: int | None) -> Tensor:
     return x.reshape(1, -1)
 
 
-def unmasked(rows: Tensor) -> Tensor:
-    """`rows` `[C, N]` of a tensor with masked places: there, the least of all others less MARGIN.
+def unmasked(rows: Tensor, mask: Mask = Mask(), alone: bool = True) -> Tensor:
+    """`rows` `[C, N]` of a tensor with masked places: there, the least of all others less the margin of `mask`.
 
     The range then ends where a softmax makes next to nothing of a masked place, which saturates; the others keep their resolution.
+    `alone`: no other tensor has the same encoding, so that one of two values, mask or none, may be as far apart as is safe. A level
+    that numbers of a model may have, too, is taken for a mask only where there is a gap between masked places and others.
     """
-    hidden = rows <= MASKED
-    least = float(torch.where(hidden, torch.inf, rows).amin())
-    return torch.where(hidden, (least if math.isfinite(least) else 0.0) - MARGIN, rows)
+    if mask.level > 0:
+        return -unmasked(-rows, Mask(-mask.level, mask.margin), alone)
+    hidden = rows <= mask.level / 2
+    if not bool(hidden.any()):
+        return rows
+    least, greatest = float(torch.where(hidden, torch.inf, rows).amin()), float(torch.where(hidden, -torch.inf, rows).amax())
+    if mask.level > _CERTAIN and not least - float(torch.where(hidden, rows, -torch.inf).amax()) >= mask.margin < math.inf > least:
+        return rows
+    if not math.isfinite(least):
+        least = greatest = 0.0
+    margin = max(WIDE, mask.margin) if alone and least == greatest else mask.margin
+    return torch.where(hidden, least - margin, rows)
 
 
 def finite_minmax(rows: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from qdeploy.core.errors import InputError
 from qdeploy.core.spec import FLOAT16_MAX, QuantSpec, Role
 from qdeploy.graph import edit, query
 from qdeploy.numerics import arith
-from qdeploy.numerics.observer import MASK, Observer, as_rows, finite_minmax, unmasked
+from qdeploy.numerics.observer import Observer, as_rows, finite_minmax, unmasked
 from qdeploy.numerics.quantizer import Quantizer
 from qdeploy.simulation.plan import Plan, TensorPlan
 from qdeploy.simulation.rounding_ties import avoid_ties
@@ -75,6 +75,7 @@ def freeze(
     they are in float.
     """
     chosen: dict[Quantizer, Numbers] = {}
+    masks = {str(n.target): n.meta["masked"] for n in module.graph.find_nodes(op="get_attr") if "masked" in n.meta}
     for planned in plan.quantized:
         assert planned.spec is not None
         quantizer = serving[planned.tensor]
@@ -85,8 +86,8 @@ def freeze(
         elif planned.scales_of is None:
             observer = make_observer(planned.role, planned.spec)
             rows = as_rows(query.parameter(module, planned.tensor), planned.spec.axis)
-            if planned.role == "constant" and bool((rows == MASK).any()):
-                rows = unmasked(rows)
+            if planned.role == "constant" and planned.tensor in masks:
+                rows = unmasked(rows, masks[planned.tensor])
             observer.update(rows, *finite_minmax(rows, planned.tensor))
             _set_range(quantizer, planned.tensor, observer)
             chosen[quantizer] = quantizer.scale, quantizer.zero_point

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 from torch import Tensor, fx
 
 from qdeploy.core.backend import Backend, OpRule
-from qdeploy.core.errors import OptionError, unknown_name
+from qdeploy.core.errors import InputError, OptionError, unknown_name
 from qdeploy.core.ops import COMPUTE, CONVOLUTION, EVERY
 from qdeploy.core.spec import QuantSpec, Role
 from qdeploy.graph import query
@@ -185,6 +185,8 @@ class _Planner:
         self.floats = {n for n in self.nodes if query.is_float(n)}
         self.constants = {n: query.constants(n) for n in self.calls}
         self.outputs = set(query.outputs(module.graph))
+        self.infinite = {n: n.meta["infinite"] for n in self.nodes if "infinite" in n.meta}
+        self._check_infinite()
         shapes = {n: query.geometry(n) for n in self.calls}
         self.rule: dict[fx.Node, OpRule | None] = {n: backend.rule(self.op[n].name, shapes[n]) for n in self.calls}
         self.data = {n: self._data_inputs(n) for n in self.calls}
@@ -319,7 +321,19 @@ class _Planner:
         constant = set(self.constants[node])
         if self.op[node].kind == "norm":
             constant |= {n for n in node.all_input_nodes if n.op == "get_attr"} - self._gains(node)
+        constant |= self.infinite.keys()
         return [n for n in node.all_input_nodes if (n in self.floats or self._is_split(n)) and n not in constant]
+
+    def _check_infinite(self) -> None:
+        """`InputError` where the model means a number beyond all others, and the target computes every op with integers."""
+        if not self.infinite or not any(rule.ops == EVERY and rule.inputs for rule in self.backend.rules):
+            return
+        node, number = next(iter(self.infinite.items()))
+        raise InputError(
+            f"tensor '{query.tensor_name(node)}' holds {number:g}, for which backend '{self.backend.name}' has no code",
+            found="a model that reads it elsewhere than in a softmax, where a mask would do",
+            action="write a number near the others' range in its place, or choose a target that computes some ops in float",
+        )
 
     def _gains(self, norm: fx.Node) -> set[fx.Node]:
         """The scale and shift of a norm, where the target computes every op with integers; statistics are never quantized."""
@@ -359,6 +373,8 @@ class _Planner:
             self._make(node, f"output of {self.op[head].name + ' + ' if head is not None else ''}{self.op[node].name}")
 
     def _make(self, node: fx.Node, reason: str) -> None:
+        if node in self.infinite:
+            return
         self.made.setdefault(node, reason)
         for user in node.users:
             if user not in self.stays:
@@ -472,6 +488,8 @@ class _Planner:
     def _float_reason(self, node: fx.Node) -> str:
         if node in self.notes:
             return self.notes[node]
+        if node in self.infinite:
+            return f"float: it holds {self.infinite[node]:g}, for which there is no code"
         if node in self.tail:
             return "float: behind the last layers, where one encoding would lose a part"
         readers = ", ".join(sorted({self.op[u].name if u in self.op else "the output" for u in node.users}))
