@@ -131,10 +131,8 @@ def unmasked(rows: Tensor, mask: Mask = Mask(), alone: bool = True) -> Tensor:
     least, greatest = float(torch.where(hidden, torch.inf, rows).amin()), float(torch.where(hidden, -torch.inf, rows).amax())
     if mask.level > _CERTAIN and not least - float(torch.where(hidden, rows, -torch.inf).amax()) >= mask.margin < math.inf > least:
         return rows
-    if not math.isfinite(least):
-        least = greatest = 0.0
     margin = max(WIDE, mask.margin) if alone and least == greatest else mask.margin
-    return torch.where(hidden, least - margin, rows)
+    return torch.where(hidden, (least if math.isfinite(least) else 0.0) - margin, rows)
 
 
 def finite_minmax(rows: Tensor, name: str) -> tuple[Tensor, Tensor]:
