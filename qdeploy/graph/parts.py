@@ -73,7 +73,7 @@ def _permuted(node: fx.Node, axis: int, rank: int) -> int | None:
     if str(node.target) == "aten.permute.default":
         order = node.args[1]
         assert isinstance(order, list | tuple)
-        return [int(place) % rank for place in order].index(axis)  # type: ignore[call-overload, arg-type]
+        return [int(place) % rank for place in order].index(axis)  # type: ignore[arg-type]
     if str(node.target) == "aten.transpose.int":
         one, other = (int(place) % rank for place in node.args[1:3])  # type: ignore[arg-type]
         return {one: other, other: one}.get(axis, axis)

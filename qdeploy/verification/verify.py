@@ -401,8 +401,8 @@ def _known(artifact: Artifact, saved: _Saved) -> list[Output]:
         for tensor, (start, stop) in zip(parts.tensors, pairwise(parts.edges), strict=True):
             whole = known[place]
             part = replace(whole, name=f"{name}[{tensor}]", part=(place, parts.axis, start, stop))
-            arrays = (part.of(values, place) for values in (saved.float_outputs, saved.simulated))
-            known.append(replace(Output.seen(part.name, *arrays, scales.get(name), loudest), part=part.part))
+            plain, simulated = (part.of(values, place) for values in (saved.float_outputs, saved.simulated))
+            known.append(replace(Output.seen(part.name, plain, simulated, scales.get(name), loudest), part=part.part))
     return known
 
 
