@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,14 @@ from torch import Tensor, nn
 
 import qdeploy
 from qdeploy.capture.capture import capture
+from qdeploy.cli.main import main
 from qdeploy.core.backend import backends
-from qdeploy.core.errors import OptionError
+from qdeploy.core.errors import OptionError, QualityError
 from qdeploy.core.targets import find_backend
 from qdeploy.export.artifact import Artifact
+from qdeploy.graph import query
+from qdeploy.graph.parts import Parts, output_parts
+from qdeploy.recipes.judge import Judge
 from qdeploy.runtimes.runtime import Runtime, runtimes
 from qdeploy.simulation.plan import Tail, make_plan, tail_concats
 
@@ -153,7 +159,7 @@ def test_a_tail_that_nobody_knows_is_refused() -> None:
 def test_concats_before_the_last_layer_are_no_tail() -> None:
     torch.manual_seed(0)
     assert tail_concats(capture(Joined().eval(), torch.randn(2, 3, 8, 8)).module) == {}
-    assert tail_concats(capture(*made(1.0)).module) == {"concat": ("mul_1", "transpose_1")}
+    assert tail_concats(capture(*made(2.0)).module) == {"concat": ("mul_1", "transpose_1")}
 
 
 @pytest.mark.parametrize("backend", ["snpe", "qnn"])
@@ -181,3 +187,83 @@ def test_softmax_stays_in_float_where_the_runtime_only_approximates_it(tmp_path:
     (name,) = artifact.outputs
     assert decibels(artifact.reference()[f"simulated.{name}"], found) > 90
     assert "qnn_htp" in runtimes
+
+
+class Mixed(nn.Module):
+    """A part of `size` beside one of 1, which a quantized concat loses, through a permutation and a reshape."""
+
+    def __init__(self, size: float):
+        super().__init__()
+        self.size, self.layer = size, nn.Conv2d(3, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        known = self.layer(x)
+        both = torch.cat([known[:, :2] * self.size, known[:, 2:]], 1)
+        return torch.cat([both, both * 0.9], 2).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 6)
+
+
+def test_the_parts_of_an_output_are_followed_through_what_leaves_them_whole() -> None:
+    torch.manual_seed(0)
+    (node,) = query.outputs(capture(Mixed(1.0).eval(), torch.randn(2, 3, 4, 4)).module.graph)
+    parts = output_parts(node)
+    assert parts is not None and (parts.axis, parts.edges) == (2, (0, 2, 6)) and len(parts.tensors) == 2
+    (node,) = query.outputs(capture(*made(2.0)).module.graph)
+    assert output_parts(node) == Parts(1, (0, 4, 24), ("mul_1", "transpose_1"))
+
+
+@pytest.mark.parametrize("accept", [False, True])
+def test_a_part_that_is_lost_while_the_whole_is_well_is_a_failed_check(accept: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Mixed(300.0).eval(), torch.randn(24, 3, 4, 4)
+    quantize = partial(qdeploy.quantize, model, [x], "snpe", tmp_path / "out", recipe="fast", tail="quantized")
+    if not accept:
+        with pytest.raises(QualityError, match=r"part .*\[.*\] of the simulation is .* dB from the float model, 10 dB are asked"):
+            quantize()
+        assert not list(tmp_path.iterdir())
+        return
+    report = qdeploy.verify(quantize(accept=True))
+    (lost,) = report.quality
+    assert report.passed and report.accepted and lost.startswith("part ")
+    assert [row.sqnr for row in report.results if row.name == "onnxruntime:none"] == [999.0]
+
+
+@pytest.mark.parametrize("accept", [False, True])
+def test_what_is_destroyed_is_written_on_the_command_line_only_if_it_is_accepted(
+    accept: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, x = Mixed(300.0).eval(), torch.randn(24, 3, 4, 4)
+    torch.export.save(torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)), tmp_path / "m.pt2")
+    np.save(tmp_path / "x.npy", x.numpy())
+    command = [
+        "qdeploy",
+        "quantize",
+        str(tmp_path / "m.pt2"),
+        "--backend",
+        "snpe",
+        "--data",
+        str(tmp_path / "x.npy"),
+        "--recipe",
+        "fast",
+    ]
+    command += ["--tail", "quantized", "--out", str(tmp_path / "out"), *(["--accept"] if accept else [])]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told = capsys.readouterr().out
+    assert (tmp_path / "out").exists() == accept and ended.value.code == (0 if accept else 1)
+    assert ("not written" in told) != accept and "10 dB are asked" in " ".join(told.split())
+
+
+def test_steps_are_judged_by_the_parts_of_an_output() -> None:
+    torch.manual_seed(0)
+    model, x = Mixed(300.0).eval(), torch.randn(24, 3, 4, 4)
+    prepared = qdeploy.calibrate(qdeploy.prepare(model, x, "snpe", "fast", tail="quantized"), [x])
+    measure = Judge(prepared, [x])()
+    assert measure.noise.shape == (2, 24) and measure.metric == "mean SQNR dB"
+    wanted, found = (run(x).detach().double() for run in (prepared.captured.module, prepared))
+    levels = [
+        10 * torch.log10(w.square().sum() / (w - f).square().sum())
+        for w, f in ((wanted[..., :2], found[..., :2]), (wanted[..., 2:], found[..., 2:]))
+    ]
+    assert measure.value == pytest.approx(float(sum(levels)) / 2, abs=1e-3)

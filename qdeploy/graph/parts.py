@@ -1,7 +1,7 @@
 """The parts of an output: what a concat has put together in it, such as boxes and scores.
 
-They are followed from the output up through ops that leave the axis of the concat as it is: reshapes of other axes, permutations, and
-concats of tensors that have the same parts.
+They are followed from the output up through ops that leave the axis of the concat as it is: those that go element by element, reshapes
+of other axes, permutations, and concats of tensors that have the same parts.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
+from qdeploy.core.ops import ACTIVATION, ARITHMETIC
 from qdeploy.graph import query
 
 
@@ -31,11 +32,14 @@ def output_parts(node: fx.Node) -> Parts | None:
     sources = [source for source in node.all_input_nodes if isinstance(query.value(source), Tensor)]
     if name == "concat" and str(node.target) == "aten.cat.default":
         return _of_concat(node, sources, made)
-    below = output_parts(sources[0]) if len(sources) == 1 and name in ("reshape", "transpose") else None
+    known = name in ("reshape", "transpose") or name in ARITHMETIC | ACTIVATION
+    below = output_parts(sources[0]) if len(sources) == 1 and known else None
     if below is None:
         return None
     before = query.value(sources[0])
     assert isinstance(before, Tensor)
+    if name not in ("reshape", "transpose"):
+        return below if before.dim() == made.dim() else None
     axis = _permuted(node, below.axis, made.dim()) if name == "transpose" else _reshaped(before, made, below.axis)
     return None if axis is None else replace(below, axis=axis)
 

@@ -1,7 +1,8 @@
 """What a simulation is worth: measured against the float model on samples, and compared sample by sample.
 
 The measure is the SQNR of the outputs against those of the float model, its mean where there are several, or the share of right classes
-where labels are given. Whether one simulation is better than another is told from the same samples in both: of each, the gain is
+where labels are given. An output that a concat puts together counts as its parts: beside boxes, scores would not be heard. Whether one
+simulation is better than another is told from the same samples in both: of each, the gain is
 
     d = mean over outputs of  10 log10( noise before / noise after )      in dB
 
@@ -13,11 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from qdeploy.graph import query
 from qdeploy.graph.flow import run
+from qdeploy.graph.parts import Parts, output_parts
 from qdeploy.simulation.prepared import Prepared
 
 SQNR, MEAN_SQNR, TOP1 = "SQNR dB", "mean SQNR dB", "top-1"
@@ -103,6 +107,7 @@ class Judge:
         self.samples = tuple(samples)
         self.labels = labels
         self._wanted = run(prepared.captured.module, samples, prepared.batch_size)
+        self._parts = [output_parts(node) for node in query.outputs(prepared.captured.module.graph)]
 
     def __call__(self, rows: slice = slice(None)) -> Measure:
         """The measure of the simulation as it is, on these samples."""
@@ -110,13 +115,19 @@ class Judge:
         made = run(self.prepared.module, inputs, self.prepared.batch_size)
         count, everything = len(inputs[0]), len(self.samples[0])
         pairs = []
-        for want, got in zip(self._wanted, made, strict=True):
+        for want, got, parts in zip(self._wanted, made, self._parts, strict=True):
             if want.is_floating_point() and want.numel():
                 whole = want.dim() and len(want) == everything
-                pairs.append(_energies(want[rows] if whole else want, got, count))
+                wanted = want[rows] if whole else want
+                pairs += [_energies(w, g, count) for w, g in zip(_cut(wanted, parts), _cut(got, parts), strict=True)]
         signal, noise = (torch.stack(column) for column in zip(*pairs, strict=True)) if pairs else (torch.zeros(0, count),) * 2
         right = None if self.labels is None else made[0].flatten(1).argmax(1) == self.labels[rows]
         return Measure(signal=signal, noise=noise, right=right)
+
+
+def _cut(tensor: Tensor, parts: Parts | None) -> Sequence[Tensor]:
+    """The parts of an output."""
+    return [tensor] if parts is None else tensor.split([stop - start for start, stop in pairwise(parts.edges)], parts.axis)
 
 
 def _energies(wanted: Tensor, made: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -124,8 +135,6 @@ def _energies(wanted: Tensor, made: Tensor, count: int) -> tuple[Tensor, Tensor]
     wanted = wanted.double()
     error = torch.where(wanted == made, 0.0, made.double() - wanted)  # where both are infinite there is none
     heard = torch.where(wanted.isfinite(), wanted, 0.0)
-    if not wanted.dim() or len(wanted) != count:
-        return tuple(t.square().sum().div(count).expand(count) for t in (heard, error))  # type: ignore[return-value]
-    return heard.square().flatten(1).sum(1) if wanted.dim() > 1 else heard.square(), (
-        error.square().flatten(1).sum(1) if wanted.dim() > 1 else error.square()
-    )
+    rows = count if wanted.dim() and len(wanted) == count else 1
+    signal, noise = (t.square().reshape(rows, -1).sum(1) for t in (heard, error))
+    return (signal, noise) if rows == count else (signal.div(count).expand(count), noise.div(count).expand(count))
