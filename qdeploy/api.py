@@ -227,17 +227,17 @@ def convert(prepared: Prepared, out: str | Path, file_format: str | None = None,
     out = Path(out)
     place.check_free(out)
     form = prepared.backend.choose_format(file_format)
-    encodings = prepared.encodings()
-    files, float_bytes, note = emit.files(prepared, form, encodings)
+    written = emit.files(prepared, form, prepared.encodings())
+    files = written.models
     if form.write is not None:
-        written = form.write(emitted(files[artifact.MODEL], encodings))
-        assert tuple(written) == form.files, f"{prepared.backend.name}: {tuple(written)}"
-        files |= {name: text.encode() for name, text in written.items()}
+        texts = form.write(emitted(files[artifact.MODEL], written.encodings))
+        assert tuple(texts) == form.files, f"{prepared.backend.name}: {tuple(texts)}"
+        files |= {name: text.encode() for name, text in texts.items()}
     reference = _reference(prepared)
     files[artifact.REFERENCE] = artifact.npz(reference)
-    notes = [*prepared.captured.notes, *prepared.notes, *note, *_open_sizes(prepared), *prepared.warnings(reference)]
-    made = {"notes": notes, "float_bytes": float_bytes, "accepted": accept}
-    return artifact.write(out, files, _origin(prepared, form) | made | _tensors(prepared, encodings))
+    notes = [*prepared.captured.notes, *prepared.notes, *written.notes, *_open_sizes(prepared), *prepared.warnings(reference)]
+    made = {"notes": notes, "float_bytes": written.float_bytes, "accepted": accept}
+    return artifact.write(out, files, _origin(prepared, form) | made | _tensors(prepared, written.encodings))
 
 
 def _origin(prepared: Prepared, form: Format) -> dict[str, Any]:
@@ -270,6 +270,7 @@ def _tensors(prepared: Prepared, encodings: Sequence[Encoding]) -> dict[str, Any
         "parts": {name: asdict(found) for name, node in named.items() if (found := output_parts(node)) is not None},
         "device_outputs": emit.device_outputs(prepared),
         "tie_free": prepared.plan.tie_free,
+        "encodes_all": prepared.backend.encodes_all,
         "planned": [tensor.tensor for tensor in prepared.plan.quantized],
         "float": {tensor.tensor: tensor.reason for tensor in prepared.plan.tensors if tensor.spec is None},
         "encodings": [encoding.to_json() for encoding in encodings],

@@ -175,6 +175,11 @@ class Backend:
                 return rule
         return None
 
+    @property
+    def encodes_all(self) -> bool:
+        """Whether the target computes every op with integers, so that no float tensor of its file may be without an encoding."""
+        return self.activation.linear and any(rule.ops == EVERY for rule in self.rules)
+
     def fuses(self, head: str, tail: str) -> bool:
         """Whether the target computes `tail` together with `head`."""
         return any(head in pair.heads and tail in pair.tails for pair in self.fuse)

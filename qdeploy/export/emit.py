@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,6 +34,7 @@ from qdeploy.export import artifact, edge_markers
 from qdeploy.export.lower import Lowering
 from qdeploy.export.onnx_file import half_precision, simplify_float
 from qdeploy.export.onnx_functions import DOMAIN, add_functions
+from qdeploy.export.stored import Settled, encodings_in_file, settle
 from qdeploy.export.translations import table
 from qdeploy.graph import edit, query
 from qdeploy.numerics import arith
@@ -46,26 +48,44 @@ _exported: WeakKeyDictionary[fx.GraphModule, dict[int, ir.Model]] = WeakKeyDicti
 """The exports of each captured graph, by opset."""
 
 
-def files(prepared: Prepared, form: Format, encodings: Sequence[Encoding]) -> tuple[dict[str, bytes], int, list[str]]:
-    """model.onnx as `form` has it, model.sim.onnx where that computes something else, the bytes of the float model, and notes."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Files:
+    """What one target gets: the ONNX files by name, the encodings of the tensors as they are there, the bytes of the float model, notes."""
+
+    models: dict[str, bytes]
+    encodings: tuple[Encoding, ...]
+    float_bytes: int
+    notes: list[str]
+
+
+def files(prepared: Prepared, form: Format, encodings: Sequence[Encoding]) -> Files:
+    """model.onnx as `form` has it, and model.sim.onnx where that computes something else."""
     exported = export(prepared.captured, prepared.backend.opset)
-    plain = to_bytes(float_view(exported, prepared))
-    literal = to_bytes(qdq_view(exported, prepared, encodings))
+    plain, _ = _settled(float_view(exported, prepared))
+    literal, forms = _settled(qdq_view(exported, prepared, encodings))
+    in_file = encodings_in_file(encodings, forms)
     notes = []
     if form.model == "qdq":
-        model = to_bytes(qdq_view(exported, prepared, encodings, literal=False))
+        model, _ = _settled(qdq_view(exported, prepared, encodings, literal=False))
     elif form.model == "float":
-        clipped = to_bytes(float_view(exported, prepared, encodings if form.clip_weights else ()))
-        model, note = simplify_float(clipped, [e.tensor for e in encodings])
+        clipped, _ = _settled(float_view(exported, prepared, encodings if form.clip_weights else ()))
+        model, note = simplify_float(clipped, [e.tensor for e in in_file])
         notes.append(note)
     else:
-        model = half_precision(to_bytes(float_view(exported, prepared, encodings)))
+        model = half_precision(_settled(float_view(exported, prepared, encodings))[0])
     made = {artifact.MODEL: model}
     if prepared.plan.cuts:
-        made[artifact.TAIL] = to_bytes(tail_view(exported, prepared))
+        made[artifact.TAIL], _ = _settled(tail_view(exported, prepared))
         names = ", ".join(prepared.plan.cuts)
         notes.append(f"{artifact.MODEL} ends at {names}: run {artifact.TAIL} on the host, in float, for what is behind")
-    return made if model == literal else made | {artifact.SIMULATION: literal}, len(plain), notes
+    models = made if model == literal else made | {artifact.SIMULATION: literal}
+    return Files(models=models, encodings=in_file, float_bytes=len(plain), notes=notes)
+
+
+def _settled(view: ir.Model) -> tuple[bytes, list[Settled]]:
+    """A view with its parameters in the form in which they are read, serialized."""
+    forms = settle(view)
+    return to_bytes(view), forms
 
 
 def export(captured: Captured, opset: int) -> ir.Model:

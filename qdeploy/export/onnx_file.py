@@ -18,17 +18,27 @@ from qdeploy.core.version import __version__
 _INT64 = onnx.TensorProto.INT64
 
 
+_SPELLED_OUT = ["fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched"]
+"""Passes of onnxsim that put reshapes around a layer, whose results would have no encoding."""
+
+
 def simplify_float(data: bytes, names: Sequence[str]) -> tuple[bytes, str]:
-    """`data` as onnxsim simplifies it, and a note; unchanged where that would lose the name of a tensor in `names`."""
+    """`data` as onnxsim simplifies it, and a note.
+
+    Unchanged where that would lose the name of a tensor in `names`, or make tensors that nobody has an encoding for.
+    """
     import onnxsim
 
     before = onnx.load_from_string(data)
-    simplified, equal = onnxsim.simplify(before)
+    simplified, equal = onnxsim.simplify(before, skipped_optimizers=_SPELLED_OUT)
     lost = sorted(set(names) - tensor_names(simplified))
+    new = sorted(_made(simplified) - tensor_names(before))
     if not equal:
         return data, "onnxsim was undone: its result did not compute the same"
     if lost:
         return data, f"onnxsim was undone: it lost the names of encoded tensors: {', '.join(lost)}"
+    if new:
+        return data, f"onnxsim was undone: it made tensors that have no encoding: {', '.join(new)}"
     simplified.producer_name, simplified.producer_version = "qdeploy", __version__
     return simplified.SerializeToString(deterministic=True), "simplified by onnxsim; every encoded tensor kept its name"
 
@@ -114,6 +124,11 @@ def _fold_shapes(model: onnx.ModelProto) -> int:
     model.graph.node.extend(left)
     model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in made.items() if name in read)
     return count
+
+
+def _made(model: onnx.ModelProto) -> set[str]:
+    """Every name of a tensor that a node computes."""
+    return {name for node in model.graph.node if node.op_type != "Constant" for name in node.output if name}
 
 
 def tensor_names(model: onnx.ModelProto) -> set[str]:

@@ -37,6 +37,7 @@ from qdeploy.export.onnx_file import tensor_names
 from qdeploy.graph.flow import run
 from qdeploy.runtimes.runtime import Runtime, find_runtime, runtimes
 from qdeploy.simulation.prepared import Prepared
+from qdeploy.verification.encoded import without_encoding
 from qdeploy.verification.session import LITERAL, REFERENCE, BatchedSession
 from qdeploy.verification.verdict import ALARM, FAILED, PASSED, UNDECIDED, Asked, Comparison, Output
 
@@ -289,7 +290,10 @@ def verify_artifact(
     """
     artifact.check_whole()
     chosen = _choose(artifact, runtime)
-    faults = missing_names(artifact.encodings, artifact.manifest["planned"], tensor_names(artifact.load(artifact.model)))
+    model = artifact.load(artifact.model)
+    faults = missing_names(artifact.encodings, artifact.manifest["planned"], tensor_names(model))
+    if artifact.manifest.get("encodes_all"):
+        faults += without_encoding(model, artifact.encodings, artifact.manifest["float"])
     faults += _number_faults(artifact)
     saved = _saved(artifact)
     known = _known(artifact, saved)
