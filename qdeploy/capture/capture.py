@@ -62,11 +62,12 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Batch | None, dy
     _own_parameters(module)
     simplify.simplify(module)
     placeholders = module.graph.find_nodes(op="placeholder")
+    of_file = bool(inputs.file_names(model))
     if len(placeholders) != len(specs):
         known = {spec.name for spec in specs}
         other = next(node.name for node in placeholders if node.name not in known)
         raise InputError(f"input '{other}' of the model is no tensor", action="export it with tensors only")
-    _name_tensors(module, [spec.name for spec in specs])
+    _name_tensors(module, [spec.name for spec in specs], of_file)
     return Captured(module=module, inputs=specs, example=example, notes=tuple(notes))
 
 
@@ -144,7 +145,7 @@ def _at_one_batch(model: nn.Module, given: Call, error: CaptureError) -> Exporte
 def _from_program(model: ExportedProgram, given: Batch | None, dynamic: Dynamic, notes: list[str]) -> Traced:
     """A program with an open batch, where it can have one."""
     nodes = inputs.input_nodes(model)
-    names = [node.name for node in nodes]
+    names = inputs.input_names(model)
     own = tuple(_like(node) for node in nodes)
     inputs.check_dynamic(dynamic, names, own)
     specs = inputs.specs(nodes, names, dynamic)
@@ -215,7 +216,7 @@ def _export(model: nn.Module, call: Call, open_batch: bool = True) -> ExportedPr
             shapes = call.dynamic_shapes(open_batch)
             return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # the user's own forward runs here and may raise anything
-        raise inputs.fixed_size_error(error, call.dynamic) or _explain(error) from error
+        raise inputs.fixed_size_error(error, call) or _explain(error) from error
 
 
 @contextmanager
@@ -304,14 +305,14 @@ def _own_parameters(module: fx.GraphModule) -> None:
                 owner._buffers[name] = buffer.detach().clone()
 
 
-def _name_tensors(module: fx.GraphModule, names: Sequence[str]) -> None:
+def _name_tensors(module: fx.GraphModule, names: Sequence[str], of_file: bool) -> None:
     """Give every tensor the path of the module that makes it; `.op` is added where the module is the user's own.
 
-    Inputs have the names `names`, and outputs that have keys are called so.
+    Inputs have the names `names`, and outputs that have keys are called so; of a file, whose keys are names, whatever they look like.
     """
     taken = Names(str(node.target) for node in module.graph.find_nodes(op="get_attr"))
     given = dict(zip(module.graph.find_nodes(op="placeholder"), names, strict=True))
-    keys = outputs.keys(module, taken | set(names))
+    keys = outputs.keys(module, taken | set(names), of_file)
     taken.update(key for node, key in keys.items() if node.op == "call_function")
     for node in module.graph.nodes:
         if node in keys and node.op == "call_function":

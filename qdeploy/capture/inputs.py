@@ -12,7 +12,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
@@ -34,6 +34,8 @@ BATCH = "batch"
 """The name of the first dimension of every input."""
 LARGEST = 1 << 28
 """Numbers of an input with all its fixed sizes, the batch too: 1 GiB in float32."""
+NAMES = "names"
+"""Where the module or program of a file keeps the names of its inputs in the file, by the names of its graph, in its `meta`."""
 OPEN = "open"
 """Where the module of a file keeps what the file leaves open, in its `meta`."""
 
@@ -107,8 +109,21 @@ def _check_tensor(tensor: Tensor, spec: TensorSpec) -> None:
         )
 
 
+def file_names(model: nn.Module | ExportedProgram) -> Mapping[str, str]:
+    """The names that the inputs of a graph have in its file, by their names in the graph; empty for what comes from no such file."""
+    module = model.graph_module if isinstance(model, ExportedProgram) else model
+    names: Mapping[str, str] = module.meta.get(NAMES, {}) if isinstance(module, fx.GraphModule) else {}
+    return names
+
+
 def parameters(model: nn.Module) -> tuple[str, ...]:
-    """The inputs that forward names, in their order."""
+    """The inputs that forward names, in their order, by the names of their file where they have one."""
+    names = file_names(model)
+    return tuple(names.get(name, name) for name in _declared(model))
+
+
+def _declared(model: nn.Module) -> tuple[str, ...]:
+    """The inputs that forward names, as it names them."""
     kinds = {name: parameter.kind for name, parameter in inspect.signature(model.forward).parameters.items()}
     return tuple(name for name, kind in kinds.items() if kind not in (_REST, _MORE))
 
@@ -117,28 +132,34 @@ def parameters(model: nn.Module) -> tuple[str, ...]:
 class Call:
     """One call of a model: `arguments` as `inspect.Signature.bind` has them, with a tuple for `*rest`.
 
-    `dynamic` names the dimensions beyond the batch that stay open when the model is exported by this call.
+    `dynamic` names the dimensions beyond the batch that stay open when the model is exported by this call, by the names of inputs:
+    those of forward, or of the file that the model comes from, which `labels` has by those of forward.
     """
 
     args: tuple[Tensor, ...]
     kwargs: dict[str, Tensor]
     arguments: dict[str, Any]
     dynamic: Dynamic
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, example: Batch, dynamic: Dynamic) -> Call:
         """The call of `model` with `example`; `InputError` where that does not fit its forward."""
         signature = inspect.signature(model.forward)
         kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
-        declared = parameters(model)
+        labels = file_names(model)
+        declared = _declared(model)
+        shown = parameters(model)
         args: tuple[Tensor, ...] = ()
         kwargs: dict[str, Tensor] = {}
         if isinstance(example, Mapping):
             required = [name for name in declared if signature.parameters[name].default is inspect.Parameter.empty]
-            unknown = [name for name in example if name not in declared]  # also what forward would take as **more
-            missing = [name for name in required if name not in example]
+            unknown = [name for name in example if name not in shown]  # also what forward would take as **more
+            missing = [labels.get(name, name) for name in required if labels.get(name, name) not in example]
             if unknown or missing:
-                raise _wrong_names("the example", unknown, missing, declared)
+                raise _wrong_names("the example", unknown, missing, shown)
+            own = dict(zip(shown, declared, strict=True))
+            example = {own[name]: tensor for name, tensor in example.items()}
             by_place = [name for name in declared if kinds[name] is inspect.Parameter.POSITIONAL_ONLY]
             args = tuple(example[name] for name in by_place if name in example)
             kwargs = {name: example[name] for name in declared if name in example and name not in by_place}
@@ -150,7 +171,7 @@ class Call:
             found = f"{len(args)} tensors: {error}"
             action = "give one for each input, or a mapping from names to tensors"
             raise InputError("the example does not fit the model's forward", found=found, action=action) from error
-        return cls(args=args, kwargs=kwargs, arguments=dict(arguments), dynamic=dynamic)
+        return cls(args=args, kwargs=kwargs, arguments=dict(arguments), dynamic=dynamic, labels=labels)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -160,16 +181,22 @@ class Call:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the inputs in their order."""
-        return tuple(name for argument, value in self.arguments.items() for name, _ in _parts(argument, value))
+        return tuple(name for argument, value in self.arguments.items() for name, _ in self._parts(argument, value))
 
     def map(self, change: Callable[[str, Tensor], Any]) -> dict[str, Any]:
         """`arguments` with `change(name, tensor)` in place of the tensors."""
 
         def mapped(argument: str, value: Any) -> Any:
-            parts = [change(name, part) for name, part in _parts(argument, value)]
+            parts = [change(name, part) for name, part in self._parts(argument, value)]
             return tuple(parts) if isinstance(value, tuple) else parts[0]
 
         return {argument: mapped(argument, value) for argument, value in self.arguments.items()}
+
+    def _parts(self, argument: str, value: Any) -> list[tuple[str, Tensor]]:
+        """The named tensors of one argument."""
+        if isinstance(value, tuple):
+            return [(f"{argument}_{place}", part) for place, part in enumerate(value)]
+        return [(self.labels.get(argument, argument), value)]
 
     def changed(self, change: Callable[[str, Tensor], Tensor]) -> Call:
         """The call with `change(name, tensor)` in place of the tensors."""
@@ -205,21 +232,22 @@ class Call:
 _REST, _MORE = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 
 
-def _parts(argument: str, value: Any) -> list[tuple[str, Tensor]]:
-    """The named tensors of one argument."""
-    return [(f"{argument}_{place}", part) for place, part in enumerate(value)] if isinstance(value, tuple) else [(argument, value)]
-
-
 def input_nodes(program: ExportedProgram) -> list[fx.Node]:
     """The placeholders of a program that stand for inputs, and not for parameters."""
     names = set(program.graph_signature.user_inputs)
     return [node for node in program.graph.find_nodes(op="placeholder") if node.name in names]
 
 
+def input_names(program: ExportedProgram) -> list[str]:
+    """The names of a program's inputs: those of the file that it comes from, where there is one."""
+    names = file_names(program)
+    return [names.get(node.name, node.name) for node in input_nodes(program)]
+
+
 def program_inputs(program: ExportedProgram) -> tuple[TensorSpec, ...]:
     """The inputs of an exported program."""
     nodes = input_nodes(program)
-    found = specs(nodes, [node.name for node in nodes], {})
+    found = specs(nodes, input_names(program), {})
     for spec in found:
         check_sizes(f"input '{spec.name}' of the program", spec.shape)
     return found
@@ -243,7 +271,7 @@ def specs(nodes: Sequence[fx.Node], names: Sequence[str], given: Dynamic) -> tup
     known = {size: given[name][dimension] for name, dimension, size in reversed(open_sizes) if dimension in given.get(name, {})}
     opened: dict[str, list[str]] = {name: [] for name in names}
     for name, dimension, size in open_sizes:
-        default = BATCH if dimension == 0 and BATCH not in known.values() else f"{name}_{dimension}"
+        default = BATCH if dimension == 0 and BATCH not in known.values() else re.sub(r"\W", "_", f"{name}_{dimension}")
         opened[name].append(given.get(name, {}).get(dimension) or known.setdefault(size, default))
     return tuple(
         TensorSpec(
@@ -323,16 +351,17 @@ def _resized(places: Mapping[str, Sequence[int]], length: int, name: str, tensor
     return tensor
 
 
-def fixed_size_error(error: Exception, dynamic: Dynamic) -> CaptureError | None:
-    """What torch.export says of an open dimension that the model fixes, if `error` is of such."""
+def fixed_size_error(error: Exception, call: Call) -> CaptureError | None:
+    """What torch.export says of an open dimension of `call` that the model fixes, if `error` is of such."""
     text = str(error)
     if "specialized" not in text and "Constraints violated" not in text:
         return None
     for name, dimension in re.findall(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", text):
-        size = dynamic.get(name, {}).get(int(dimension))
+        shown = call.labels.get(name, name)
+        size = call.dynamic.get(shown, {}).get(int(dimension))
         if size is not None:
             said = fixed_size_reason(error).replace(f"L['{name}'].size()[{dimension}]", "it")
-            return _fixed(size, f"dimension {dimension} of input '{name}'", said)
+            return _fixed(size, f"dimension {dimension} of input '{shown}'", said)
     return None
 
 

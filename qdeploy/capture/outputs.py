@@ -23,10 +23,10 @@ def check(module: fx.GraphModule) -> None:
         raise CaptureError("the model returns no floating-point tensor", action="return the tensors to be deployed")
 
 
-def keys(module: fx.GraphModule, taken: Set[str]) -> dict[fx.Node, str]:
+def keys(module: fx.GraphModule, taken: Set[str], of_file: bool = False) -> dict[fx.Node, str]:
     """The key of every tensor that is returned under one, the first of several: keys and places on the way, such as `past.0`.
 
-    Names that are `taken` get `_output` behind them. All keys are noted at the graph's output, for `names`.
+    Numbers are no keys but places, unless they are the names of a file. Names that are `taken` get `_output` behind them. All keys are noted at the graph's output, for `names`.
     """
     (output,) = module.graph.find_nodes(op="output")
     codegen = module.graph._codegen
@@ -40,7 +40,7 @@ def keys(module: fx.GraphModule, taken: Set[str]) -> dict[fx.Node, str]:
         if not isinstance(node, fx.Node):
             continue
         name = ".".join(path)
-        keyed = any(not part.isdecimal() for part in path) and name not in used
+        keyed = (of_file or any(not part.isdecimal() for part in path)) and name not in used
         returned.append(name + "_output" * (name in taken) if keyed else None)
         if keyed and node not in found:
             found[node] = str(returned[-1])

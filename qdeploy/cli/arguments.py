@@ -98,7 +98,7 @@ def dynamic_sizes(texts: Sequence[str] | None, shapes: Sequence[str] | None) -> 
     """What --dynamic says; without it, --input-shape fixes what a file leaves open."""
     found: dict[str, dict[int, str]] = {}
     for text in texts or ():
-        match = re.fullmatch(r"\s*(\w+):(-?\d+)=(\w+)\s*", text)
+        match = re.fullmatch(r"\s*(.+):(-?\d+)=(\w+)\s*", text)
         if match is None:
             allowed = "INPUT:DIMENSION=NAME"
             raise OptionError("--dynamic is wrong", found=repr(text), allowed=allowed, action="write it as input_ids:1=sequence")

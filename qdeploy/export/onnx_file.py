@@ -18,8 +18,12 @@ from qdeploy.core.version import __version__
 _INT64 = onnx.TensorProto.INT64
 
 
-_SPELLED_OUT = ["fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched"]
-"""Passes of onnxsim that put reshapes around a layer, whose results would have no encoding."""
+_SKIPPED = [
+    *("fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched"),  # reshapes around, whose results have no encoding
+    *("fuse_consecutive_slices", "fuse_pad_into_conv", "fuse_pad_into_pool"),  # one op for two, of which each has an encoding
+    *("eliminate_common_subexpression", "eliminate_duplicate_initializer"),  # one name for two
+]
+"""Passes of onnxsim that change tensors which have encodings."""
 
 
 def simplify_float(data: bytes, names: Sequence[str]) -> tuple[bytes, str]:
@@ -30,7 +34,7 @@ def simplify_float(data: bytes, names: Sequence[str]) -> tuple[bytes, str]:
     import onnxsim
 
     before = onnx.load_from_string(data)
-    simplified, equal = onnxsim.simplify(before, skipped_optimizers=_SPELLED_OUT)
+    simplified, equal = onnxsim.simplify(before, skipped_optimizers=_SKIPPED)
     lost = sorted(set(names) - tensor_names(simplified))
     new = sorted(_made(simplified) - tensor_names(before))
     if not equal:

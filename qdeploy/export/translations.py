@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnxscript
@@ -16,7 +16,10 @@ LINEAR = 15.0
 
 def table(module: fx.GraphModule) -> dict[Callable[..., Any], Callable[..., Any]]:
     """Translations for the exporter of the ops in `module`."""
-    made: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.softplus.default: _softplus}
+    made: dict[Callable[..., Any], Callable[..., Any]] = {
+        torch.ops.aten.softplus.default: _softplus,
+        torch.ops.aten.squeeze.dims: _squeeze,
+    }
     pools = [n for n in module.graph.nodes if str(n.target) == "aten.adaptive_avg_pool2d.default"]
     if pools and all(list(n.args[1]) == [1, 1] for n in pools):
         made[torch.ops.aten.adaptive_avg_pool2d.default] = _global_average_pool
@@ -25,6 +28,13 @@ def table(module: fx.GraphModule) -> dict[Callable[..., Any], Callable[..., Any]
 
 def _global_average_pool(x: Any, output_size: Any) -> Any:
     return op.GlobalAveragePool(x)
+
+
+def _squeeze(x: Any, dim: Sequence[int]) -> Any:
+    """Of several axes at once; those that are longer than 1 stay, as in torch."""
+    sizes = x.shape
+    axes = sorted({axis % len(sizes) for axis in dim if sizes[axis] == 1})
+    return op.Squeeze(x, op.Constant(value_ints=axes)) if axes else op.Identity(x)
 
 
 def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:

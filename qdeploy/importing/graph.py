@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator as python
 import re
 from collections import Counter
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 
+from qdeploy.capture.inputs import NAMES
 from qdeploy.core.errors import InputError, QDeployError
 from qdeploy.core.names import free_attribute, reserved
 from qdeploy.importing.elementwise import torch_dtype
@@ -76,6 +78,9 @@ class Builder:
         self.paths: dict[int, str] = {}
         self.kept: list[Tensor] = []  # so that no id in `paths` is used again
         self.names: set[str] = set()
+        self.inputs: dict[str, str] = {}
+        self.outside = frozenset(value.name or "" for value in (*model.graph.inputs, *model.graph.outputs))
+        """What no parameter may be called: outside of the graph, inputs and outputs keep their names."""
         self.crowd = Counter(_module(node) for node in model.graph if node.op_type != "Constant")
 
     def module(self) -> fx.GraphModule:
@@ -91,6 +96,8 @@ class Builder:
             self._node(node)
         self.graph.output({(value.name or f"output_{at}"): self._output(value) for at, value in enumerate(graph.outputs)})
         module = fx.GraphModule(self.root, self.graph)
+        module.meta[NAMES] = dict(self.inputs)
+        module.meta["outside"] = self.outside
         module.meta["given"] = {".".join(_parts(name)) for name in graph.initializers}
         return module.eval()
 
@@ -105,6 +112,7 @@ class Builder:
         while name in self.names:
             name += "_"
         self.names.add(name)
+        self.inputs[name] = value.name or name
         return self.graph.placeholder(name)
 
     def _tensor(self, found: ir.TensorProtocol, what: str) -> Tensor:
@@ -191,7 +199,7 @@ class Builder:
             return value
         whole: Tensor = tensor(value)
         if id(whole) not in self.paths:
-            self.paths[id(whole)] = keep(self.root, name, whole, buffer)
+            self.paths[id(whole)] = keep(self.root, name, whole, buffer, refused=self.outside)
             self.kept.append(whole)
         return self.graph.get_attr(self.paths[id(whole)])
 
@@ -237,9 +245,11 @@ def _parts(name: str) -> list[str]:
     return [f"{part}_" if reserved(part) else part for part in parts]
 
 
-def keep(root: nn.Module, name: str, value: Tensor, buffer: bool = False) -> str:
-    """Give `root` a parameter or buffer under `name`, or one near to it that is free; returns the path."""
+def keep(root: nn.Module, name: str, value: Tensor, buffer: bool = False, *, refused: Container[str]) -> str:
+    """Give `root` a parameter or buffer under `name`, or one near to it that is free and not `refused`; returns the path."""
     parts = _parts(name)
+    while ".".join(parts) in refused:
+        parts[-1] += "_"
     owner = root
     for at, part in enumerate(parts[:-1]):
         while part not in owner._modules and (hasattr(owner, part) or part in _TAKEN):
@@ -249,6 +259,8 @@ def keep(root: nn.Module, name: str, value: Tensor, buffer: bool = False) -> str
             owner.add_module(part, nn.Module())
         owner = owner.get_submodule(part)
     last = free_attribute(owner, parts[-1], _TAKEN)
+    while ".".join([*parts[:-1], last]) in refused:
+        last = free_attribute(owner, f"{last}_", _TAKEN)
     if buffer or not value.is_floating_point():
         owner.register_buffer(last, value)
     else:

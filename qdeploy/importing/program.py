@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
-from qdeploy.capture.inputs import BATCH, OPEN, check_sizes
+from qdeploy.capture.inputs import BATCH, NAMES, OPEN, check_sizes
 from qdeploy.core.errors import CaptureError, InputError, QDeployError
 from qdeploy.importing import fuse
 from qdeploy.importing.elementwise import torch_dtype
@@ -39,7 +39,9 @@ def load(path: Path, ends: Sequence[str] = ()) -> ExportedProgram | fx.GraphModu
         module.meta[OPEN] = _left_open(module, inputs)
         return module
     example = tuple(_example(value, shape) for value, shape in zip(inputs, shapes, strict=True))
-    return _export(path, module, example, shapes)
+    program = _export(path, module, example, shapes)
+    program.graph_module.meta[NAMES] = module.meta[NAMES]
+    return program
 
 
 def _shape(path: Path, value: ir.Value) -> list[int | None]:
@@ -62,7 +64,7 @@ def _left_open(module: fx.GraphModule, inputs: Sequence[ir.Value]) -> dict[str, 
             if dimension and not isinstance(size, int):
                 name = str(size.value or "")
                 usable = name.isidentifier() and name != BATCH
-                found.setdefault(node.name, {})[dimension] = name if usable else f"{node.name}_{dimension}"
+                found.setdefault(str(value.name), {})[dimension] = name if usable else f"{node.name}_{dimension}"
     return found
 
 

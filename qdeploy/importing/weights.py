@@ -26,7 +26,7 @@ def reshaped(module: fx.GraphModule, before: fx.Node, parameter: fx.Node, *sizes
     """A node before `before` for a constant in another shape."""
     found = attribute(module, parameter)
     assert found is not None
-    path = keep(module, str(parameter.target), found.reshape(sizes))
+    path = keep(module, str(parameter.target), found.reshape(sizes), refused=module.meta["outside"])
     with before.graph.inserting_before(before):
         return before.graph.get_attr(path)
 
@@ -42,11 +42,11 @@ def tidy(module: fx.GraphModule) -> None:
     for path in sorted(used.keys() - module.meta["given"]):
         wanted = re.sub(r"(_\d+)+$", "", path)
         owner, _, name = wanted.rpartition(".")
-        if wanted == path or hasattr(module.get_submodule(owner), name):
+        if wanted == path or wanted in module.meta["outside"] or hasattr(module.get_submodule(owner), name):
             continue
         made, buffer = attribute_at(module, path), path in buffers
         _drop(module, path)
-        new = keep(module, wanted, made, buffer)
+        new = keep(module, wanted, made, buffer, refused=module.meta["outside"])
         for node in used[path]:
             node.target = new
 

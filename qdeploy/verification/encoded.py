@@ -51,8 +51,8 @@ class _Known:
 
     def faults(self) -> Iterator[str]:
         for node in self.graph.node:
-            if node.op_type in _CONSTANT or self._of_an_encoding(node):
-                continue
+            if node.op_type in (*_CONSTANT, "Identity") or self._of_an_encoding(node):
+                continue  # what an Identity copies is looked at where it is made
             settings = _SETTINGS.get(node.op_type, ())
             for position, name in enumerate(node.input):
                 maker = self.made.get(name)
