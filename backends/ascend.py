@@ -20,6 +20,7 @@ Sources: Huawei CANN, AMCT documentation: ONNX post-training quantization (layer
 Principles" and "MIN-MAX" (sign and range); PPQ, quantizer and exporter for Ascend (rounding, layers).
 """
 
+import json
 from collections.abc import Iterator, Mapping
 
 from qdeploy.core.backend import Backend, Emitted, Format, Geometry, Node, OpRule, register
@@ -52,7 +53,7 @@ def write_record(emitted: Emitted) -> Mapping[str, str]:
 def _record(node: Node, data: Encoding, weight: Encoding | None) -> str:
     fields = [*_numbers("d", data), *(_numbers("w", weight) if weight is not None else ())]
     lines = "".join(f"    {field}\n" for field in fields)
-    return f'record {{\n  key: "{node.name}"\n  value {{\n{lines}  }}\n}}\n'
+    return f"record {{\n  key: {json.dumps(node.name)}\n  value {{\n{lines}  }}\n}}\n"
 
 
 def _numbers(suffix: str, encoding: Encoding) -> Iterator[str]:

@@ -83,6 +83,7 @@ NCNN = register(
             Format(
                 name="table",
                 model="float",
+                words=True,
                 write=write_table,
                 files=(TABLE,),
                 command="onnx2ncnn {out}/model.onnx {out}/model.param {out}/model.bin && "

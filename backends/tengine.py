@@ -54,6 +54,7 @@ TENGINE = register(
             Format(
                 name="scale",
                 model="float",
+                words=True,
                 clip_weights=True,
                 write=write_scales,
                 files=(SCALES,),

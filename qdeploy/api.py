@@ -6,9 +6,9 @@ Each takes one target or several: several share one capture, one pass over the d
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -30,7 +30,7 @@ from qdeploy.core.recipe import Recipe
 from qdeploy.core.spec import Encoding
 from qdeploy.core.targets import Target, Targets, find_backend, find_backends, with_schemes
 from qdeploy.core.version import __version__
-from qdeploy.export import artifact, emit, manifest, place
+from qdeploy.export import artifact, emit, float_file, manifest, place, words
 from qdeploy.export.artifact import Artifact
 from qdeploy.export.onnx_file import emitted
 from qdeploy.graph import edit, query
@@ -228,16 +228,36 @@ def convert(prepared: Prepared, out: str | Path, file_format: str | None = None,
     place.check_free(out)
     form = prepared.backend.choose_format(file_format)
     written = emit.files(prepared, form, prepared.encodings())
-    files = written.models
+    files = dict(written.models)
+    names = outputs.names(prepared.captured.module)
+    join: Callable[[str], str] = str
+    if form.words:
+        join = words.without_spaces(words.names_of(files.values()))
+        files = {name: words.rename(model, join) for name, model in files.items()}
+        written = replace(written, encodings=words.renamed(written.encodings, join))
+    other = {name: join(name) for name in (*(spec.name for spec in prepared.captured.inputs), *names) if join(name) != name}
     if form.write is not None:
         texts = form.write(emitted(files[artifact.MODEL], written.encodings))
         assert tuple(texts) == form.files, f"{prepared.backend.name}: {tuple(texts)}"
         files |= {name: text.encode() for name, text in texts.items()}
     reference = _reference(prepared)
     files[artifact.REFERENCE] = artifact.npz(reference)
-    notes = [*prepared.captured.notes, *prepared.notes, *written.notes, *_open_sizes(prepared), *prepared.warnings(reference)]
-    made = {"notes": notes, "float_bytes": written.float_bytes, "accepted": accept}
-    return artifact.write(out, files, _origin(prepared, form) | made | _tensors(prepared, written.encodings))
+    alone = float_file.distances(prepared, form, prepared.encodings(), reference, names) if form.model == "float" else {}
+    notes = [
+        *prepared.captured.notes,
+        *prepared.notes,
+        *written.notes,
+        *float_file.note(alone),
+        *words.note(other),
+        *_open_sizes(prepared),
+        *prepared.warnings(reference),
+    ]
+    made = (
+        {"notes": notes, "float_bytes": written.float_bytes, "accepted": accept}
+        | ({"float_file_sqnr": alone} if alone else {})
+        | ({"renamed": other} if other else {})
+    )
+    return artifact.write(out, files, _origin(prepared, form) | made | _tensors(prepared, written.encodings, join))
 
 
 def _origin(prepared: Prepared, form: Format) -> dict[str, Any]:
@@ -260,8 +280,11 @@ def _origin(prepared: Prepared, form: Format) -> dict[str, Any]:
     }
 
 
-def _tensors(prepared: Prepared, encodings: Sequence[Encoding]) -> dict[str, Any]:
-    """What the manifest says of inputs, outputs, and every tensor: its encoding, or why it has none."""
+def _tensors(prepared: Prepared, encodings: Sequence[Encoding], join: Callable[[str], str]) -> dict[str, Any]:
+    """What the manifest says of inputs, outputs, and every tensor: its encoding, or why it has none.
+
+    Inputs and outputs have the names of the model, all others those of the files, which `join` makes.
+    """
     graph = prepared.captured.module
     named = dict(zip(outputs.names(graph), query.outputs(graph.graph), strict=True))
     return {
@@ -271,8 +294,8 @@ def _tensors(prepared: Prepared, encodings: Sequence[Encoding]) -> dict[str, Any
         "device_outputs": emit.device_outputs(prepared),
         "tie_free": prepared.plan.tie_free,
         "encodes_all": prepared.backend.encodes_all,
-        "planned": [tensor.tensor for tensor in prepared.plan.quantized],
-        "float": {tensor.tensor: tensor.reason for tensor in prepared.plan.tensors if tensor.spec is None},
+        "planned": [join(tensor.tensor) for tensor in prepared.plan.quantized],
+        "float": {join(tensor.tensor): tensor.reason for tensor in prepared.plan.tensors if tensor.spec is None},
         "encodings": [encoding.to_json() for encoding in encodings],
     }
 

@@ -159,6 +159,41 @@ def logit(x: Tensor, eps: float | None = None) -> Tensor:
     return torch.log(x / (1 - x))
 
 
+def divided(x: Tensor, y: Tensor | float, *, rounding_mode: str | None = None) -> Any:
+    """A quotient that is rounded down, or not at all; towards 0 as the exporter has it."""
+    if rounding_mode == "trunc" or not x.is_floating_point():
+        return NotImplemented
+    return x / y if rounding_mode is None else torch.floor(x / y)
+
+
+def remainder(x: Tensor, y: Tensor | float) -> Any:
+    """x - floor(x / y) y, of floats."""
+    return x - torch.floor(x / y) * y if x.is_floating_point() else NotImplemented
+
+
+def lstm_cell(
+    x: Tensor,
+    state: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of a long short-term memory."""
+    h, c = state
+    enter, forget, new, leave = (torch.nn.functional.linear(x, w_ih, b_ih) + torch.nn.functional.linear(h, w_hh, b_hh)).chunk(4, 1)
+    cell = torch.sigmoid(forget) * c + torch.sigmoid(enter) * torch.tanh(new)
+    return torch.sigmoid(leave) * torch.tanh(cell), cell
+
+
+def gru_cell(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None) -> Tensor:
+    """One step of a gated recurrent unit."""
+    reset, update, new = torch.nn.functional.linear(x, w_ih, b_ih).chunk(3, 1)
+    reset_h, update_h, new_h = torch.nn.functional.linear(h, w_hh, b_hh).chunk(3, 1)
+    made = torch.tanh(new + torch.sigmoid(reset + reset_h) * new_h)
+    return made + torch.sigmoid(update + update_h) * (h - made)
+
+
 def _log(base: float) -> Callable[[Tensor], Tensor]:
     """A logarithm by way of the natural one."""
     return lambda x: torch.log(x) * (1 / math.log(base))
@@ -226,6 +261,12 @@ DECOMPOSITIONS = {
     torch.ops.aten.erfc.default: erfc,
     torch.ops.aten.logit.default: logit,
     torch.ops.aten.clamp.Tensor: clamp,
+    torch.ops.aten.div.Tensor_mode: divided,
+    torch.ops.aten.div.Scalar_mode: divided,
+    torch.ops.aten.remainder.Tensor: remainder,
+    torch.ops.aten.remainder.Scalar: remainder,
+    torch.ops.aten.lstm_cell.default: lstm_cell,
+    torch.ops.aten.gru_cell.default: gru_cell,
     torch.ops.aten.cosine_similarity.default: cosine_similarity,
     **{
         getattr(getattr(torch.ops.aten, f"{kind}{end}"), overload): _moment(kind == "std", bool(end), overload == "dim")

@@ -26,7 +26,8 @@ def check(module: fx.GraphModule) -> None:
 def keys(module: fx.GraphModule, taken: Set[str], of_file: bool = False) -> dict[fx.Node, str]:
     """The key of every tensor that is returned under one, the first of several: keys and places on the way, such as `past.0`.
 
-    Numbers are no keys but places, unless they are the names of a file. Names that are `taken` get `_output` behind them. All keys are noted at the graph's output, for `names`.
+    Numbers are places, unless they are names of a file. Names that are `taken` get `_output` behind them. All keys are noted at the
+    graph's output, for `names`.
     """
     (output,) = module.graph.find_nodes(op="output")
     codegen = module.graph._codegen

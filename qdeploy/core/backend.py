@@ -99,6 +99,7 @@ class Format:
 
     model: what model.onnx is: "qdq" has QuantizeLinear and DequantizeLinear, "float" none, "float16" has half-precision tensors.
     clip_weights: the weights of a float model are clipped to the limits of their grid. write, files: the scale files.
+    words: the target splits names at spaces, so that a name has none.
     command: what the user runs next, with `{out}` for the folder. origin: where the format is described: the ONNX "standard", a
     "public" document of the vendor (or the code of a public tool that writes it), or "qdeploy" itself.
     """
@@ -106,6 +107,7 @@ class Format:
     name: str
     model: Literal["qdq", "float", "float16"] = "qdq"
     clip_weights: bool = False
+    words: bool = False
     write: Writer | None = None
     files: tuple[str, ...] = ()
     command: str = ""

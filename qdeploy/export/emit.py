@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import rewriter
 from onnxscript.rewriter import MatchResult
@@ -50,7 +51,7 @@ _exported: WeakKeyDictionary[fx.GraphModule, dict[int, ir.Model]] = WeakKeyDicti
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
-    """What one target gets: the ONNX files by name, the encodings of the tensors as they are there, the bytes of the float model, notes."""
+    """What one target gets: ONNX files by name, encodings of the tensors as they are there, the bytes of the float model, notes."""
 
     models: dict[str, bytes]
     encodings: tuple[Encoding, ...]
@@ -281,14 +282,16 @@ def _with_parameters(exported: ir.Model, prepared: Prepared) -> ir.Model:
 
 def _confine(value: ir.Value, encoding: Encoding) -> None:
     assert value.const_value is not None
-    array = value.const_value.numpy()
+    value.const_value = ir.tensor(confined(value.const_value.numpy(), encoding), name=value.name)
+
+
+def confined(array: NDArray[Any], encoding: Encoding) -> NDArray[Any]:
+    """The numbers of a parameter, confined to the values that its grid reaches (and rounded, where they are float16)."""
     if encoding.spec.linear or encoding.spec.grid == "log":
         shape = [-1 if axis == encoding.spec.axis else 1 for axis in range(array.ndim)]
-        confined = np.clip(array, encoding.low.reshape(shape), encoding.high.reshape(shape)).astype(np.float32)
-    else:
-        scale, zero = torch.from_numpy(encoding.scale.copy()), torch.from_numpy(encoding.zero_point.copy())
-        confined = arith.fake_quantize(torch.from_numpy(np.array(array)), scale, zero, encoding.spec).numpy()
-    value.const_value = ir.tensor(confined, name=value.name)
+        return np.clip(array, encoding.low.reshape(shape), encoding.high.reshape(shape)).astype(np.float32)
+    scale, zero = torch.from_numpy(encoding.scale.copy()), torch.from_numpy(encoding.zero_point.copy())
+    return arith.fake_quantize(torch.from_numpy(np.array(array)), scale, zero, encoding.spec).numpy()
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Parameters in the form in which their readers have them: the transpositions and reshapes of stored tensors are done here, once.
 
-The exporter writes a linear layer as initializer -> Transpose -> MatMul, and slopes as initializer -> Reshape -> PRelu. A toolchain looks
-an encoding up under the name that the layer reads, so the tensor between would have none. The stored tensor takes the form, the name
-stays, and the channel axis of its encoding moves along.
+The exporter writes a linear layer as initializer -> Transpose -> MatMul, and slopes as initializer -> Reshape -> PRelu. A toolchain
+looks an encoding up under the name that the layer reads, so the tensor between would have none. The stored tensor takes the form, the
+name stays, and the channel axis of its encoding moves along.
 """
 
 from __future__ import annotations

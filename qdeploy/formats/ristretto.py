@@ -5,6 +5,7 @@ ONNX operator otherwise; the fields are those of the public layer catalogue. A f
 Source: Ristretto, "Layer Catalogue" (lepsucd.com); pmgysel/caffe, src/caffe/proto/caffe.proto.
 """
 
+import json
 import math
 from collections.abc import Mapping
 
@@ -50,7 +51,7 @@ def _block(node: Node, entering: list[Encoding], leaving: Encoding | None) -> st
     if not fields:
         return ""
     lines = [f"    bw_{part}: {bits}\n    fl_{part}: {length}\n" for part, bits, length in fields]
-    start = f'layer {{\n  name: "{node.name}"\n  type: "{_TYPES.get(node.op, node.op)}"\n  quantization_param {{\n'
+    start = f'layer {{\n  name: {json.dumps(node.name)}\n  type: "{_TYPES.get(node.op, node.op)}"\n  quantization_param {{\n'
     scheme = "    precision: DYNAMIC_FIXED_POINT\n    rounding_scheme: NEAREST\n"
     return start + scheme + "".join(lines) + "  }\n}\n"
 

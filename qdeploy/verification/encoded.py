@@ -9,14 +9,24 @@ layer to every toolchain.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from qdeploy.core.spec import Encoding
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
-_SETTINGS = {"Resize": (1, 2), "Upsample": (1,), "Clip": (1, 2), "Pad": (2,), "Dropout": (1,), "BatchNormalization": (3, 4), "OneHot": (2,)}
+_SETTINGS = {
+    "Resize": (1, 2),
+    "Upsample": (1,),
+    "Clip": (1, 2),
+    "Pad": (2,),
+    "Dropout": (1,),
+    "BatchNormalization": (3, 4),
+    "OneHot": (2,),
+}
 """Inputs that are settings, by position."""
 _CONSTANT = ("Constant", "ConstantOfShape")
 _FUSED = "fused: "
@@ -56,6 +66,8 @@ class _Known:
             settings = _SETTINGS.get(node.op_type, ())
             for position, name in enumerate(node.input):
                 maker = self.made.get(name)
+                if node.op_type.endswith("Normalization") and position and self._is_repeated(name):
+                    continue  # what a norm without parameters has in their place
                 if (maker is None or maker.op_type in _CONSTANT) and position not in settings and self._lacks(name):
                     yield f"tensor '{name}', read by {node.op_type} '{node.name}', has no encoding"
             for name in node.output:
@@ -79,11 +91,21 @@ class _Known:
         return self.encodings.get(whole) if whole in self.outputs else None
 
     def _is_number(self, name: str) -> bool:
-        """Whether `name` is stored and has one value."""
+        """Whether `name` is a single stored number, or what an op is filled with."""
+        values = self._values(name)
+        filled = name in self.made and self.made[name].op_type == "ConstantOfShape"
+        return filled or (values is not None and values.size == 1)
+
+    def _is_repeated(self, name: str) -> bool:
+        """Whether `name` is stored, and one number over and over."""
+        values = self._values(name)
+        return self._is_number(name) or (values is not None and bool((values == values.flat[0]).all()))
+
+    def _values(self, name: str) -> NDArray[Any] | None:
         maker = self.made.get(name)
-        if maker is not None:
-            return maker.op_type == "ConstantOfShape" or (maker.op_type == "Constant" and _is_one(maker.attribute[0].t))
-        return name in self.stored and _is_one(self.stored[name])
+        if maker is not None and maker.op_type == "Constant" and maker.attribute[0].name == "value":
+            return numpy_helper.to_array(maker.attribute[0].t)
+        return numpy_helper.to_array(self.stored[name]) if name in self.stored else None
 
     def _is_inside(self, name: str) -> bool:
         """Whether `name` only exists inside of an op of the target."""
@@ -99,8 +121,3 @@ class _Known:
         """Whether `node` is one of those that an encoding is made of in a model that quantizes."""
         tensor, mark, _ = node.name.removesuffix("_1").rpartition(f"_{node.op_type}")
         return bool(mark) and tensor in self.encodings
-
-
-def _is_one(tensor: TensorProto) -> bool:
-    values = numpy_helper.to_array(tensor)
-    return values.size == 1 or bool((values == values.flat[0]).all())

@@ -399,14 +399,15 @@ def _known(artifact: Artifact, saved: _Saved) -> list[Output]:
     floats = [a[np.isfinite(a)] for a in (*saved.inputs, *saved.simulated) if a.dtype.kind == "f"]
     loudest = max((float(np.abs(values).max(initial=0.0)) for values in floats), default=0.0)
     pairs = zip(artifact.outputs, saved.float_outputs, saved.simulated, strict=True)
-    known = [Output.seen(name, plain, simulated, scales.get(name), loudest) for name, plain, simulated in pairs]
+    in_file = artifact.manifest.get("renamed", {})
+    known = [Output.seen(name, plain, simulated, scales.get(in_file.get(name, name)), loudest) for name, plain, simulated in pairs]
     for name, parts in artifact.parts.items():
         place = artifact.outputs.index(name)
         for tensor, (start, stop) in zip(parts.tensors, pairwise(parts.edges), strict=True):
             whole = known[place]
             part = replace(whole, name=f"{name}[{tensor}]", part=(place, parts.axis, start, stop))
             plain, simulated = (part.of(values, place) for values in (saved.float_outputs, saved.simulated))
-            known.append(replace(Output.seen(part.name, plain, simulated, scales.get(name), loudest), part=part.part))
+            known.append(replace(Output.seen(part.name, plain, simulated, scales.get(in_file.get(name, name)), loudest), part=part.part))
     return known
 
 
