@@ -134,19 +134,19 @@ def test_several_axes_are_squeezed_at_once(layers: dict[str, Artifact]) -> None:
 def test_the_check_finds_every_encoding_that_is_taken_away(layers: dict[str, Artifact], target: str, role: str) -> None:
     artifact = layers[target]
     model, in_float = onnx.load(artifact.model), artifact.manifest["float"]
-    assert without_encoding(model, artifact.encodings, in_float) == []
+    assert without_encoding(model, artifact.encodings, in_float) == {}
     taken = [encoding.tensor for encoding in artifact.encodings if encoding.role == role]
     assert taken
     for tensor in taken:
         faults = without_encoding(model, [e for e in artifact.encodings if e.tensor != tensor], in_float)
-        assert any(f"tensor '{tensor}', " in fault for fault in faults), tensor
+        assert tensor in faults
 
 
 @pytest.mark.parametrize("backend", [b.name for b in backends if b.encodes_all])
 def test_nothing_is_without_an_encoding_in_the_files_of_targets_that_encode_all(backend: str) -> None:
     artifact = networks.artifact("mixed", backend)
     assert artifact.manifest["encodes_all"]
-    assert without_encoding(onnx.load(artifact.model), artifact.encodings, artifact.manifest["float"]) == []
+    assert without_encoding(onnx.load(artifact.model), artifact.encodings, artifact.manifest["float"]) == {}
 
 
 @pytest.mark.parametrize("target", ["snpe", "qnn"])
@@ -167,7 +167,7 @@ def test_steps_of_recurrent_layers_and_rounded_quotients_have_encodings_inside(t
     for ours, wanted in zip(networks.flat(prepared.captured.module(x)), networks.flat(model(x)), strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
     artifact = qdeploy.convert(prepared, tmp_path / "out")
-    assert without_encoding(onnx.load(artifact.model), artifact.encodings, artifact.manifest["float"]) == []
+    assert without_encoding(onnx.load(artifact.model), artifact.encodings, artifact.manifest["float"]) == {}
 
 
 def test_the_manifest_says_how_far_the_float_file_is_from_the_given_model(tmp_path: Path) -> None:

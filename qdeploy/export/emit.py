@@ -289,9 +289,11 @@ def confined(array: NDArray[Any], encoding: Encoding) -> NDArray[Any]:
     """The numbers of a parameter, confined to the values that its grid reaches (and rounded, where they are float16)."""
     if encoding.spec.linear or encoding.spec.grid == "log":
         shape = [-1 if axis == encoding.spec.axis else 1 for axis in range(array.ndim)]
-        return np.clip(array, encoding.low.reshape(shape), encoding.high.reshape(shape)).astype(np.float32)
+        limited: NDArray[Any] = np.clip(array, encoding.low.reshape(shape), encoding.high.reshape(shape)).astype(np.float32)
+        return limited
     scale, zero = torch.from_numpy(encoding.scale.copy()), torch.from_numpy(encoding.zero_point.copy())
-    return arith.fake_quantize(torch.from_numpy(np.array(array)), scale, zero, encoding.spec).numpy()
+    rounded: NDArray[Any] = arith.fake_quantize(torch.from_numpy(np.array(array)), scale, zero, encoding.spec).numpy()
+    return rounded
 
 
 @contextmanager

@@ -33,14 +33,14 @@ _FUSED = "fused: "
 """How the manifest begins the reason of a tensor that only exists inside of an op of the target."""
 
 
-def without_encoding(model: onnx.ModelProto, encodings: Sequence[Encoding], in_float: Mapping[str, str]) -> list[str]:
-    """The float tensors of `model` without an encoding, one sentence each; empty when all is well.
+def without_encoding(model: onnx.ModelProto, encodings: Sequence[Encoding], in_float: Mapping[str, str]) -> dict[str, str]:
+    """The float tensors of `model` without an encoding, with a sentence on each; empty when all is well.
 
     `in_float` has a reason for every tensor that was planned without an encoding. In a model that quantizes itself the nodes of the
     encodings are looked through.
     """
     known = _Known(onnx.shape_inference.infer_shapes(model), {e.tensor: e for e in encodings}, in_float)
-    return list(dict.fromkeys(known.faults()))
+    return dict(known.faults())
 
 
 class _Known:
@@ -59,7 +59,8 @@ class _Known:
                 self.readers.setdefault(name, []).append(node)
         self.outputs = {value.name for value in graph.output}
 
-    def faults(self) -> Iterator[str]:
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """Tensors and sentences."""
         for node in self.graph.node:
             if node.op_type in (*_CONSTANT, "Identity") or self._of_an_encoding(node):
                 continue  # what an Identity copies is looked at where it is made
@@ -69,26 +70,23 @@ class _Known:
                 if node.op_type.endswith("Normalization") and position and self._is_repeated(name):
                     continue  # what a norm without parameters has in their place
                 if (maker is None or maker.op_type in _CONSTANT) and position not in settings and self._lacks(name):
-                    yield f"tensor '{name}', read by {node.op_type} '{node.name}', has no encoding"
+                    yield name, f"tensor '{name}', read by {node.op_type} '{node.name}', has no encoding"
             for name in node.output:
                 if (name in self.readers or name in self.outputs) and self._lacks(name) and not self._is_inside(name):
-                    yield f"tensor '{name}', made by {node.op_type} '{node.name}', has no encoding"
+                    yield name, f"tensor '{name}', made by {node.op_type} '{node.name}', has no encoding"
 
     def _lacks(self, name: str) -> bool:
         """Whether `name` is a float tensor without an encoding that has more than one number."""
         if not name or self.types.get(name, TensorProto.FLOAT) not in _FLOATS:
             return False
-        return self._encoding(name) is None and not self._is_number(name)
+        return not self._is_encoded(name) and not self._is_number(name)
 
-    def _encoding(self, name: str) -> Encoding | None:
-        """That of `name`, or of what is quantized behind it under the name of an output, or copied into one."""
-        maker = self.made.get(name)
-        if name in self.encodings or maker is None:
-            return self.encodings.get(name)
-        if maker.op_type == "Identity":
-            return self._encoding(maker.input[0])
-        whole = name.removesuffix("_float")
-        return self.encodings.get(whole) if whole in self.outputs else None
+    def _is_encoded(self, name: str) -> bool:
+        """Whether `name` has an encoding, or what it is a copy of has one, or only the nodes of an encoding read it."""
+        maker, readers = self.made.get(name), self.readers.get(name, [])
+        if name in self.encodings or (maker is not None and maker.op_type == "Identity" and self._is_encoded(maker.input[0])):
+            return True
+        return bool(readers) and name not in self.outputs and all(map(self._of_an_encoding, readers))
 
     def _is_number(self, name: str) -> bool:
         """Whether `name` is a single stored number, or what an op is filled with."""
