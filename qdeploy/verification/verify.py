@@ -408,7 +408,9 @@ def _known(artifact: Artifact, saved: _Saved) -> list[Output]:
             whole = known[place]
             part = replace(whole, name=f"{name}[{tensor}]", part=(place, parts.axis, start, stop))
             plain, simulated = (part.of(values, place) for values in (saved.float_outputs, saved.simulated))
-            known.append(replace(Output.seen(part.name, plain, simulated, scales.get(in_file.get(name, name)), loudest), part=part.part))
+            known.append(
+                replace(Output.seen(part.name, plain, simulated, scales.get(in_file.get(name, name)), loudest), part=part.part)
+            )
     return known
 
 
