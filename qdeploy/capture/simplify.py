@@ -50,6 +50,7 @@ def drop_no_ops(module: fx.GraphModule) -> int:
     for node in list(module.graph.nodes):
         if node.op != "call_function":
             continue
+        count += _drop_empty_parts(node)
         if _is_nothing(node):
             node.replace_all_uses_with(node.all_input_nodes[0])
         elif query.op_of(node).name not in _CHECKS:
@@ -58,6 +59,23 @@ def drop_no_ops(module: fx.GraphModule) -> int:
         count += 1
     edit.finish(module)
     return count
+
+
+def _drop_empty_parts(node: fx.Node) -> bool:
+    """Leave out what a concat joins nothing of, which has no range; False where there is no such part, or no other one."""
+    if str(node.target) != "aten.cat.default" or not isinstance(node.args[0], list | tuple):
+        return False
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    made = [query.value(part) if isinstance(part, fx.Node) else None for part in node.args[0]]
+    kept = [
+        part
+        for part, tensor in zip(node.args[0], made, strict=True)
+        if not (isinstance(tensor, Tensor) and isinstance(dim, int) and tensor.shape[dim if tensor.dim() > 1 else 0] == 0)
+    ]
+    if not kept or len(kept) == len(made):
+        return False
+    node.update_arg(0, kept)
+    return True
 
 
 def fold_constants(module: fx.GraphModule) -> int:

@@ -89,8 +89,11 @@ def text(marker: ir.Node, attribute: str) -> str:
 
 
 def _untie(model: ir.Model) -> None:
-    """Part again what the exporter merged because it is equal, where the parts have encodings of their own."""
-    owners: dict[int, str] = {}
+    """Part again what the exporter merged because it is equal, where the parts have encodings of their own.
+
+    What a marker makes belongs to the tensor before it: a marker behind it is of an op that the exporter left out, as x + 0.
+    """
+    owners: dict[int, str] = {id(marker.outputs[0]): "" for marker in find(model)}
     parts: dict[tuple[int, str], ir.Value] = {}
     for marker in find(model):
         raw, name = marker.inputs[0], text(marker, "tensor")

@@ -100,7 +100,7 @@ def export(captured: Captured, opset: int) -> ir.Model:
 def _export(captured: Captured, opset: int) -> ir.Model:
     module = _marked(captured.module)
     shapes = tuple(spec.names or None for spec in captured.inputs)
-    with _quiet(), _few_matches(), _no_stack_traces():
+    with _quiet(), _exact_rules(), _few_matches(), _no_stack_traces():
         try:
             program = torch.onnx.export(
                 module,
@@ -294,6 +294,32 @@ def confined(array: NDArray[Any], encoding: Encoding) -> NDArray[Any]:
     scale, zero = torch.from_numpy(encoding.scale.copy()), torch.from_numpy(encoding.zero_point.copy())
     rounded: NDArray[Any] = arith.fake_quantize(torch.from_numpy(np.array(array)), scale, zero, encoding.spec).numpy()
     return rounded
+
+
+_INEXACT = frozenset({"CastCast", "FuseSuccessiveClip", "FuseSuccessiveClipRelu", "FuseSuccessiveReluClip"})
+_INEXACT |= {f"FuseBatchNormInto{layer}" for layer in ("Conv", "ConvTranspose", "Gemm")}
+"""Rules of the exporter that change numbers: two roundings become one, limits that exclude each other change places, and weights are
+multiplied in float32."""
+
+
+@contextmanager
+def _exact_rules() -> Iterator[None]:
+    """Within the block the exporter's rules leave all numbers as they are.
+
+    They take a number for 0 or 1 that is less than 1e-8 or 1e-5 away from it: log(x + 1e-10) would become log(x).
+    """
+    rules = getattr(rewriter, "_DEFAULT_REWRITE_RULES", ())
+    numbers = [given for rule in rules for node in rule._matcher.pattern for given in node.inputs if hasattr(given, "_abs_tol")]
+    before = [(number, number._rel_tol, number._abs_tol) for number in numbers]
+    for number in numbers:
+        number._rel_tol = number._abs_tol = 0.0
+    rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in rules if rule.name not in _INEXACT)  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        rewriter._DEFAULT_REWRITE_RULES = rules  # type: ignore[misc]
+        for number, relative, absolute in before:
+            number._rel_tol, number._abs_tol = relative, absolute
 
 
 @contextmanager
