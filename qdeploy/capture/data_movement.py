@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from qdeploy.core.errors import CaptureError
 
 END = 2**63 - 1
 """What a slice to the end of a dimension has for its end."""
@@ -151,6 +154,70 @@ def upsample_linear1d(x: Tensor, output_size: list[int] | None, align_corners: b
     return made.squeeze(2)
 
 
+def _avg_pool(sides: int) -> Callable[..., Any]:
+    """Pooling whose every divisor is that of ONNX and of all kernels of its runtimes.
+
+    A divisor of the user's own becomes a factor behind the pooling. A border that is counted, beside a last window that ends outside of
+    it, becomes zeros before the pooling: kernels divide by what is inside, by the whole window, or by the wrong one of both.
+    """
+
+    def pool(
+        x: Tensor,
+        kernel_size: list[int],
+        stride: list[int] | None = None,
+        padding: Sequence[int] = (0,),
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Any:
+        kernel, stride, padding = (each_side(given, sides) for given in (kernel_size, stride or kernel_size, padding))
+        own = divisor_override is not None
+        if not own and not (ceil_mode and count_include_pad and any(padding)):
+            return NotImplemented
+        sizes = x.shape[-sides:]
+        after = [last_border(*side) if ceil_mode else side[-1] for side in zip(sizes, kernel, stride, padding, strict=True)]
+        functional: Any = torch.nn.functional
+        average = getattr(functional, f"avg_pool{sides}d")
+        if all(end <= amount for end, amount in zip(after, padding, strict=True)):  # no window ends outside
+            made = average(x, kernel, stride, padding, False, True)
+        else:
+            ends = after if own else padding
+            padded = functional.pad(x, [amount for at in reversed(range(sides)) for amount in (padding[at], ends[at])])
+            made = average(padded, kernel, stride, 0, not own, False)
+        for dim, size, k, s, begin, end in zip(range(-sides, 0), sizes, kernel, stride, padding, after, strict=True):
+            count = (size + begin + end - k) // s + 1
+            if isinstance(size, int) and made.shape[dim] != count:
+                made = made.narrow(dim, 0, count)
+        return made * (math.prod(kernel) / divisor_override) if divisor_override is not None else made
+
+    return pool
+
+
+def each_side(given: int | Sequence[int], sides: int) -> list[int]:
+    """A number for every side, of one that stands for all or of a list."""
+    numbers = [given] if isinstance(given, int) else list(given)
+    return numbers * sides if len(numbers) == 1 else numbers
+
+
+def last_border(size: Any, kernel: int, stride: int, padding: int) -> int:
+    """How far behind a side its last window ends in `ceil_mode`, where torch leaves out what would start behind it.
+
+    Of an open size it is what the longest takes; `CaptureError` where it depends on the size whether there is a window more.
+    """
+    if isinstance(size, int):
+        steps = -(-(size + 2 * padding - kernel) // stride)
+        steps -= steps * stride >= size + padding
+        return max(steps * stride + kernel - size - padding, 0)
+    if padding + stride > kernel:
+        raise CaptureError(
+            "pooling with ceil_mode over a side of open size, whose last window may be left out",
+            found=f"kernel {kernel}, stride {stride}, padding {padding}",
+            allowed="padding + stride up to the kernel",
+            action="fix the size, or leave out ceil_mode",
+        )
+    return padding + stride - 1
+
+
 def _adaptive_avg_pool(sides: int) -> Callable[[Tensor, list[int]], Any]:
     """Pooling by equal windows, the resizing that a pooling to a multiple is, or a mean of every window, one side after the other.
 
@@ -224,6 +291,9 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.unbind.int: unbind,
     torch.ops.aten.stack.default: stack,
     torch.ops.aten.upsample_linear1d.vec: upsample_linear1d,
+    torch.ops.aten.avg_pool1d.default: _avg_pool(1),
+    torch.ops.aten.avg_pool2d.default: _avg_pool(2),
+    torch.ops.aten.avg_pool3d.default: _avg_pool(3),
     torch.ops.aten.adaptive_avg_pool1d.default: _adaptive_avg_pool(1),
     torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_avg_pool(2),
     torch.ops.aten.adaptive_avg_pool3d.default: _adaptive_avg_pool(3),

@@ -7,7 +7,10 @@ from typing import Any
 
 import onnxscript
 import torch
-from torch import fx
+from torch import Tensor, fx
+
+from qdeploy.capture.data_movement import each_side, last_border
+from qdeploy.graph import query
 
 op: Any = onnxscript.opset21
 LINEAR = 15.0
@@ -23,7 +26,77 @@ def table(module: fx.GraphModule) -> dict[Callable[..., Any], Callable[..., Any]
     pools = [n for n in module.graph.nodes if str(n.target) == "aten.adaptive_avg_pool2d.default"]
     if pools and all(list(n.args[1]) == [1, 1] for n in pools):
         made[torch.ops.aten.adaptive_avg_pool2d.default] = _global_average_pool
+    for sides in (1, 2, 3):
+        for kind, translate in (("max", _max_pool), ("avg", _avg_pool)):
+            target = getattr(torch.ops.aten, f"{kind}_pool{sides}d").default
+            if any(node.target is target and _ends_early(node, sides) for node in module.graph.nodes):
+                made[target] = translate(sides)
     return made
+
+
+def _ends_early(pool: fx.Node, sides: int) -> bool:
+    """Whether torch leaves out a window that would start behind the side: in ONNX, it depends on the runtime whether it is there."""
+    before, after = (query.value(node) for node in (pool.all_input_nodes[0], pool))
+    average = "avg" in str(pool.target)
+    named = ("kernel", "stride", "padding", "ceil") if average else ("kernel", "stride", "padding", "dilation", "ceil")
+    given = dict(zip(named, pool.args[1:], strict=False))
+    if not given.pop("ceil", False) or not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
+    window = _Window(sides, **given)
+    lengths = zip(before.shape[-sides:], after.shape[-sides:], window.spans, window.stride, window.padding, strict=True)
+    return any(isinstance(b, int) and -(-(b + 2 * p - k) // s) + 1 != a for b, a, k, s, p in lengths)
+
+
+class _Window:
+    """The arguments of a pooling, a number for every side."""
+
+    def __init__(self, sides: int, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1):
+        given = kernel, stride or kernel, padding, dilation
+        self.kernel, self.stride, self.padding, self.dilation = (each_side(numbers, sides) for numbers in given)
+        self.spans = [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
+
+    def attributes(self, x: Any, ceil_mode: bool) -> dict[str, Any]:
+        """Those of ONNX, over `x`: where its sides are known, with as much border at each end as the windows take."""
+        sizes = list(x.shape)[-len(self.kernel) :]
+        ends, known = self.padding, all(isinstance(size, int) for size in sizes)
+        if ceil_mode and known:
+            ends = [last_border(*side) for side in zip(sizes, self.spans, self.stride, self.padding, strict=True)]
+        return {
+            "kernel_shape": self.kernel,
+            "strides": self.stride,
+            "pads": [*self.padding, *ends],
+            "ceil_mode": int(ceil_mode and not known),
+        }
+
+
+def _max_pool(sides: int) -> Callable[..., Any]:
+    """Nothing is rounded up, so no window is left out: what is behind the side is no maximum."""
+
+    def pool(x: Any, kernel_size: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False) -> Any:
+        window = _Window(sides, kernel_size, stride, padding, dilation)
+        made, _ = op.MaxPool(x, dilations=window.dilation, **window.attributes(x, ceil_mode))
+        return made
+
+    return pool
+
+
+def _avg_pool(sides: int) -> Callable[..., Any]:
+    """The same of averages of what is inside; `data_movement` leaves no others that are rounded up."""
+
+    def pool(
+        x: Any,
+        kernel_size: Any,
+        stride: Any = (),
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Any:
+        window = _Window(sides, kernel_size, stride, padding)
+        inside = ceil_mode and not count_include_pad
+        return op.AveragePool(x, count_include_pad=int(count_include_pad), **window.attributes(x, inside))
+
+    return pool
 
 
 def _global_average_pool(x: Any, output_size: Any) -> Any:

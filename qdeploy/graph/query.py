@@ -193,7 +193,7 @@ def _schema(node: fx.Node) -> torch.FunctionSchema:
 def pooled(node: fx.Node) -> tuple[int, ...] | None:
     """How many elements an average pooling takes together along each side; None where that is not fixed, or for any other op.
 
-    An average over a padded border divides by fewer elements there, which is no fixed number.
+    An average over a padded border, or with windows that end outside, divides by fewer elements there, which is no fixed number.
     """
     op = op_of(node)
     if op.name not in MEAN_POOL or len(node.all_input_nodes) != 1:
@@ -202,9 +202,11 @@ def pooled(node: fx.Node) -> tuple[int, ...] | None:
     if not before:
         return None
     if op.name.startswith("avg_pool"):
-        kernel = [int(k) for k in node.args[1]]  # type: ignore[union-attr, arg-type]
+        kernel, stride = ([int(k) for k in given] for given in (node.args[1], [*node.args[2:3]] and node.args[2] or node.args[1]))  # type: ignore[union-attr, arg-type]
+        kernel, stride = (given * len(before) if len(given) == 1 else given for given in (kernel, stride))
         padded = len(node.args) > 3 and any(node.args[3])  # type: ignore[arg-type]
-        return None if padded else tuple(kernel * len(before) if len(kernel) == 1 else kernel)
+        outside = any((a - 1) * s + k > b for a, s, k, b in zip(after, stride, kernel, before, strict=False))
+        return None if padded or outside else tuple(kernel)
     if op.name == "mean":
         given = node.args[1] if len(node.args) > 1 else None
         rank = len(before) + 2
