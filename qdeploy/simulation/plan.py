@@ -6,6 +6,7 @@ Placement, in the order in which it is decided:
 2. Between fused ops (conv2d + relu) there is no quantizer.
 3. A residual add with `residual = "skip"` leaves the branch in float that ends in a fused convolution, and both that of a linear layer.
 4. Ops that share (reshape, max pooling, concat ...) carry one encoding through; a need for it travels up to where the values arise.
+   A pad with another number than 0 does not share.
 5. A layer whose input is quantized has a quantized weight, and a bias as the backend says.
 6. Where the backend widens the first and the last layer, the tensors that they read are widened as well.
 7. Through a concat, ops whose range is fixed by their function keep an encoding of their own where the backend says so.
@@ -27,6 +28,10 @@ from qdeploy.core.errors import InputError, OptionError, unknown_name
 from qdeploy.core.ops import COMPUTE, CONVOLUTION, EVERY
 from qdeploy.core.spec import QuantSpec, Role
 from qdeploy.graph import query
+from qdeploy.graph.channels import padding
+
+_BEYOND = 1e9
+"""From here on a number is none to compute with: infinity, or what stands for it."""
 
 Tail = Literal["auto", "float", "quantized"]
 """What becomes of the tail: `auto` keeps it in float where a part of a concat would be lost."""
@@ -188,7 +193,7 @@ class _Planner:
         self.infinite = {n: n.meta["infinite"] for n in self.nodes if "infinite" in n.meta}
         self._check_infinite()
         shapes = {n: query.geometry(n) for n in self.calls}
-        self.rule: dict[fx.Node, OpRule | None] = {n: backend.rule(self.op[n].name, shapes[n]) for n in self.calls}
+        self.rule: dict[fx.Node, OpRule | None] = {n: self._rule(n, backend.rule(self.op[n].name, shapes[n])) for n in self.calls}
         self.data = {n: self._data_inputs(n) for n in self.calls}
         self.edges: dict[tuple[fx.Node, fx.Node], str] = {}
         self.made: dict[fx.Node, str] = {}
@@ -201,6 +206,15 @@ class _Planner:
         self.stays = self._staying()
         layers = [n for n in self.calls if self.op[n].weight is not None]
         self.ends = {layers[0], layers[-1]} if layers else set()
+
+    def _rule(self, node: fx.Node, rule: OpRule | None) -> OpRule | None:
+        """The backend's `rule` for `node`. A pad that adds a number has a range of its own: that of its input may end before it.
+
+        What no encoding holds is there to lose against every maximum, and does so at the end of any range.
+        """
+        if rule is None or not rule.share or self.op[node].name != "pad" or not 0 < abs(padding(node)[1]) < _BEYOND:
+            return rule
+        return replace(rule, share=False, output=rule.output or rule.inputs)
 
     def plan(self) -> Plan:
         tails = self._fused_tails()
