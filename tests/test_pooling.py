@@ -10,7 +10,6 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from onnx import TensorProto, helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 

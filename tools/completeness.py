@@ -186,7 +186,14 @@ def _missing(model: Model, backend: Backend, in_float: dict[str, str]) -> Iterat
 
 def _needs_inputs(model: Model, node: onnx.NodeProto, rule: OpRule) -> bool:
     """Whether the target computes `node` on integers: always, or where it only hands them on to the next op that does."""
-    return rule.inputs or (rule.share and any(map(model.leaves_encoded, node.output)))
+    hands_on = rule.share and not _adds_a_number(model, node)
+    return rule.inputs or (hands_on and any(map(model.leaves_encoded, node.output)))
+
+
+def _adds_a_number(model: Model, node: onnx.NodeProto) -> bool:
+    """Whether `node` pads with another number than 0, for which the range of its input may have no room."""
+    value = model.stored.get(node.input[2]) if node.op_type == "Pad" and len(node.input) > 2 else None
+    return value is not None and 0 < abs(float(onnx.numpy_helper.to_array(value).item())) < 1e9
 
 
 def _is_preparation(model: Model, node: onnx.NodeProto) -> bool:

@@ -313,11 +313,11 @@ def _exact_rules() -> Iterator[None]:
     before = [(number, number._rel_tol, number._abs_tol) for number in numbers]
     for number in numbers:
         number._rel_tol = number._abs_tol = 0.0
-    rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in rules if rule.name not in _INEXACT)  # type: ignore[misc]
+    rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in rules if rule.name not in _INEXACT)
     try:
         yield
     finally:
-        rewriter._DEFAULT_REWRITE_RULES = rules  # type: ignore[misc]
+        rewriter._DEFAULT_REWRITE_RULES = rules
         for number, relative, absolute in before:
             number._rel_tol, number._abs_tol = relative, absolute
 

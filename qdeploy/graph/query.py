@@ -202,7 +202,8 @@ def pooled(node: fx.Node) -> tuple[int, ...] | None:
     if not before:
         return None
     if op.name.startswith("avg_pool"):
-        kernel, stride = ([int(k) for k in given] for given in (node.args[1], [*node.args[2:3]] and node.args[2] or node.args[1]))  # type: ignore[union-attr, arg-type]
+        strided = node.args[2] if len(node.args) > 2 and node.args[2] else node.args[1]
+        kernel, stride = ([int(k) for k in given] for given in (node.args[1], strided))  # type: ignore[union-attr, arg-type]
         kernel, stride = (given * len(before) if len(given) == 1 else given for given in (kernel, stride))
         padded = len(node.args) > 3 and any(node.args[3])  # type: ignore[arg-type]
         outside = any((a - 1) * s + k > b for a, s, k, b in zip(after, stride, kernel, before, strict=False))
