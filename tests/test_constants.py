@@ -85,3 +85,24 @@ def test_no_number_is_cut_off_at_the_range_of_the_tensor_that_it_meets(backend: 
     session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     for output, values in zip(session.get_outputs(), session.run(None, {"x": x.numpy()}), strict=True):
         assert sqnr(simulated[output.name], torch.from_numpy(np.asarray(values))) > 60, output.name
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt", "openvino"])
+def test_a_logarithm_in_float_of_a_sum_with_a_small_number_is_finite_on_silence(backend: str) -> None:
+    class Loudness(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = nn.Conv1d(4, 8, 3, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            made = self.conv(x)
+            return torch.log(made * made + 1e-10) + torch.rsqrt(made * made + 1e-10)
+
+    x = torch.randn(4, 4, 16, generator=torch.Generator().manual_seed(1))
+    x[0] = 0
+    model = Loudness().eval()
+    prepared = qdeploy.prepare(model, x, backend=backend, recipe="plain")
+    qdeploy.calibrate(prepared, [x])
+    with torch.no_grad():
+        assert torch.isfinite(prepared(x)).all()

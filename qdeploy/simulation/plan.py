@@ -30,6 +30,8 @@ from qdeploy.core.spec import QuantSpec, Role
 from qdeploy.graph import query
 from qdeploy.graph.channels import padding
 
+_SINGULAR = frozenset({"log", "reciprocal"})
+"""Ops that are infinite at 0, where a code may stand for a small number: a target that computes them in float reads floats."""
 _BEYOND = 1e9
 """From here on a number is none to compute with: infinity, or what stands for it."""
 
@@ -391,7 +393,8 @@ class _Planner:
             return
         self.made.setdefault(node, reason)
         for user in node.users:
-            if user not in self.stays:
+            alone = user in self.op and self.op[user].name in _SINGULAR and self.rule[user] is None and not self.backend.encodes_all
+            if user not in self.stays and not alone:
                 self.edges.setdefault((node, user), reason)
 
     def _float_branches(self, node: fx.Node) -> list[fx.Node]:
