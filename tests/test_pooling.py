@@ -7,14 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qdeploy
 from qdeploy.core.errors import CaptureError
+from qdeploy.files.model import load_model
 
 Pool = Callable[[Tensor], Tensor]
 
@@ -148,3 +151,39 @@ def test_a_last_window_that_depends_on_an_open_size_is_refused() -> None:
     model = Pooled({"avg": lambda x: F.avg_pool2d(x, 2, 3, 1, True, True)})
     with pytest.raises(CaptureError, match="whose last window may be left out"):
         qdeploy.prepare(model, torch.ones(2, 4, 9, 10), backend="onnxruntime", recipe="plain", dynamic={"x": {2: "height"}})
+
+
+def pooling_nodes() -> dict[str, onnx.NodeProto]:
+    """ONNX's pooling of `c` in every way to give the border: even, uneven, by name; rounded up, and counted."""
+    nodes = {}
+    borders = [{"pads": pads} for pads in ([0] * 4, [1] * 4, [0, 1, 1, 0], [1, 0, 1, 2])]
+    named = [{"auto_pad": name} for name in ("SAME_UPPER", "SAME_LOWER", "VALID")]
+    for op, border, ceil, counted, stride in itertools.product(("AveragePool", "MaxPool"), [*borders, *named], (0, 1), (0, 1), (2, 3)):
+        if (op == "MaxPool" and counted) or (ceil and border in named):
+            continue
+        more = {"count_include_pad": counted} if op == "AveragePool" else {}
+        name = f"{op}_{len(nodes)}"
+        strides = [stride, 5 - stride]
+        nodes[name] = helper.make_node(op, ["c"], [name], kernel_shape=[3, 3], strides=strides, ceil_mode=ceil, **border, **more)
+    return nodes
+
+
+def test_every_pooling_of_onnx_is_what_onnx_runtime_computes(tmp_path: Path) -> None:
+    nodes = pooling_nodes()
+    made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3, None, None]) for name in nodes]
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 9, 10])
+    opsets = [helper.make_opsetid("", 21)]
+    weight = onnx.numpy_helper.from_array(np.random.default_rng(0).normal(size=(3, 3, 1, 1)).astype(np.float32), "w")
+    every = [helper.make_node("Conv", ["x", "w"], ["c"]), *nodes.values()]
+    onnx.save(
+        helper.make_model(helper.make_graph(every, "g", [given], made, [weight]), opset_imports=opsets, ir_version=10),
+        tmp_path / "m.onnx",
+    )
+    x = torch.randn(4, 3, 9, 10, generator=torch.Generator().manual_seed(1))
+    exact = run(tmp_path / "m.onnx", {"x": x.numpy()}, optimized=False)
+    prepared = qdeploy.prepare(load_model(str(tmp_path / "m.onnx")), x, backend="onnxruntime", recipe="plain")
+    qdeploy.calibrate(prepared, [x])
+    qdeploy.convert(prepared, tmp_path / "out")
+    for optimized in (False, True):
+        found = run(tmp_path / "out" / "model.onnx", {"x": x.numpy()}, optimized)
+        assert {name: value for name in nodes if (value := sqnr(exact[name], found[name])) < 28} == {}, optimized

@@ -199,23 +199,26 @@ def each_side(given: int | Sequence[int], sides: int) -> list[int]:
     return numbers * sides if len(numbers) == 1 else numbers
 
 
-def last_border(size: Any, kernel: int, stride: int, padding: int) -> int:
+def last_border(size: Any, kernel: int, stride: int, padding: int, end: int | None = None) -> int:
     """How far behind a side its last window ends in `ceil_mode`, where torch leaves out what would start behind it.
+
+    `end` is the padding at its end, where that is another one.
 
     Of an open size it is what the longest takes; `CaptureError` where it depends on the size whether there is a window more.
     """
+    end = padding if end is None else end
     if isinstance(size, int):
-        steps = -(-(size + 2 * padding - kernel) // stride)
+        steps = -(-(size + padding + end - kernel) // stride)
         steps -= steps * stride >= size + padding
         return max(steps * stride + kernel - size - padding, 0)
-    if padding + stride > kernel:
+    if end + stride > kernel:
         raise CaptureError(
             "pooling with ceil_mode over a side of open size, whose last window may be left out",
-            found=f"kernel {kernel}, stride {stride}, padding {padding}",
+            found=f"kernel {kernel}, stride {stride}, padding {end}",
             allowed="padding + stride up to the kernel",
             action="fix the size, or leave out ceil_mode",
         )
-    return padding + stride - 1
+    return end + stride - 1
 
 
 def _adaptive_avg_pool(sides: int) -> Callable[[Tensor, list[int]], Any]:

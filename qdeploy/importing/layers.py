@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qdeploy.capture.data_movement import last_border
 from qdeploy.core.errors import CaptureError
 from qdeploy.importing.table import operator
 from qdeploy.importing.values import is_symbolic
@@ -51,8 +52,20 @@ def _padded(x: Tensor, pads: Sequence[int], value: float = 0.0) -> tuple[Tensor,
     half = len(pads) // 2
     if list(pads[:half]) == list(pads[half:]):
         return x, list(pads[:half])
-    sides = [amount for at in reversed(range(half)) for amount in (pads[at], pads[at + half])]
-    return F.pad(x, sides, value=value), [0] * half
+    return F.pad(x, _sideways(pads), value=value), [0] * half
+
+
+def _sideways(pads: Sequence[int]) -> list[int]:
+    """Begins, then ends, as F.pad takes them: the last side first."""
+    half = len(pads) // 2
+    return [amount for at in reversed(range(half)) for amount in (pads[at], pads[at + half])]
+
+
+def _rounded_up(x: Tensor, spans: Sequence[int], stride: Sequence[int], pads: Sequence[int]) -> list[int]:
+    """`pads` with the ends that the windows of `ceil_mode` take; what would start behind the side is left out."""
+    half = len(pads) // 2
+    ends = [last_border(*side) for side in zip(x.shape[2:], spans, stride, pads[:half], pads[half:], strict=True)]
+    return [*pads[:half], *ends]
 
 
 @operator("Conv")
@@ -202,6 +215,8 @@ def max_pool(
     sides = _sides(x)
     stride, dilation = list(strides or [1] * sides), list(dilations or [1] * sides)
     amounts = _pads(x, kernel_shape, stride, dilation, pads, auto_pad)
+    if ceil_mode and amounts[:sides] != amounts[sides:]:
+        amounts, ceil_mode = _rounded_up(x, [d * (k - 1) + 1 for k, d in zip(kernel_shape, dilation, strict=True)], stride, amounts), 0
     if any(2 * amount > k for amount, k in zip(amounts, [*kernel_shape] * 2, strict=True)):
         x = F.pad(x, [v for at in reversed(range(sides)) for v in (amounts[at], amounts[at + sides])], value=-torch.inf)
         amounts = [0] * 2 * sides
@@ -227,11 +242,18 @@ def average_pool(
     kernel, stride = list(kernel_shape), list(strides or [1] * sides)
     amounts = _pads(x, kernel, stride, [1] * sides, pads, auto_pad)
     pool = _MEAN[sides - 1]
-    padded, padding = _padded(x, amounts)
-    if padded is x or count_include_pad:
-        return pool(padded, kernel, stride, padding, bool(ceil_mode), bool(count_include_pad))
-    inside, _ = _padded(torch.ones_like(x[:1, :1]), amounts)
-    return pool(padded, kernel, stride, 0, bool(ceil_mode)) / pool(inside, kernel, stride, 0, bool(ceil_mode))
+    if amounts[:sides] == amounts[sides:]:
+        return pool(x, kernel, stride, amounts[:sides], bool(ceil_mode), bool(count_include_pad))
+    ends = _rounded_up(x, kernel, stride, amounts) if ceil_mode else amounts
+    inside = torch.ones_like(x[:1, :1])
+    if count_include_pad:  # the border counts, and what windows take behind it does not
+        inside = F.pad(inside, _sideways([min(pair) for pair in zip(amounts, ends, strict=True)]), value=1.0)
+        if ends == [min(pair) for pair in zip(amounts, ends, strict=True)]:
+            return pool(F.pad(x, _sideways(ends)), kernel, stride)
+        inside = F.pad(inside, _sideways([max(end - amount, 0) for end, amount in zip(ends, amounts, strict=True)]))
+    else:
+        inside = F.pad(inside, _sideways(ends))
+    return pool(F.pad(x, _sideways(ends)), kernel, stride) / pool(inside, kernel, stride)
 
 
 @operator("Resize", settings=(1, 2, 3))
