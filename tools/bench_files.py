@@ -33,6 +33,7 @@ import numpy as np
 import onnx
 from bench_pipeline import machine
 from file_samples import Array, Arrays
+from onnx import version_converter
 from rich.console import Console
 from rich.table import Table
 
@@ -57,6 +58,8 @@ TARGETS = ("snpe", "onnxruntime", "tensorrt", "openvino")
 HEXAGON = "snpe"
 """The target whose artifact Qualcomm's library runs."""
 STATIC = "quantize_static"
+PER_CHANNEL = 13
+"""The first opset whose files can have a scale for each channel; `quantize_static` writes broken files for older ones."""
 JOBS = ("static", "qdeploy", "detection", "verify", "hexagon")
 BELOW, ABOVE = -0.3, 2.0
 """Decibels over `quantize_static` that are asked for: at least, of every output, and on average."""
@@ -425,15 +428,25 @@ def static(place: Place) -> dict[str, Any]:
             return next(self.pieces, None)
 
     before, start = peak(), time.perf_counter()
-    ready, symbolic = place.work / "static_input.onnx", True
+    newer, ready, symbolic = place.work / "static_newer.onnx", place.work / "static_input.onnx", True
+    model = onnx.load(place.float)
+    if (opset := next(one.version for one in model.opset_import if not one.domain)) < PER_CHANNEL:
+        model = version_converter.convert_version(model, PER_CHANNEL)
+    onnx.save(model, newer)
     try:
-        quant_pre_process(str(place.float), str(ready))
+        quant_pre_process(str(newer), str(ready))
     except Exception:  # its symbolic shapes know few operators; the documentation says to leave them out then
         symbolic = False
-        quant_pre_process(str(place.float), str(ready), skip_symbolic_shape=True)
+        quant_pre_process(str(newer), str(ready), skip_symbolic_shape=True)
     options: dict[str, Any] = {"quant_format": QuantFormat.QDQ, "per_channel": True, "calibrate_method": CalibrationMethod.MinMax}
     quantize_static(str(ready), str(place.static), Reader(), **options)
-    made: dict[str, Any] = {"seconds": time.perf_counter() - start, "before": before, "peak": peak(), "symbolic": symbolic}
+    made: dict[str, Any] = {
+        "seconds": time.perf_counter() - start,
+        "before": before,
+        "peak": peak(),
+        "symbolic": symbolic,
+        "opset": opset,
+    }
     made["sqnr"] = by_part(place.file, floating(place, "fresh"), run(opened(place.static), place.samples("fresh")))
     return made
 
