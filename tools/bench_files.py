@@ -223,6 +223,7 @@ def main() -> None:
     parser.add_argument("--job", choices=JOBS, action="append", help="this measurement; may be repeated")
     parser.add_argument("--again", choices=JOBS, action="append", default=[], help="measure this again; may be repeated")
     parser.add_argument("--recipe", default="default")
+    parser.add_argument("--target", choices=TARGETS, action="append", help="this target instead of all in one go; may be repeated")
     parser.add_argument("--limit", type=int, default=3600, help="seconds that one measurement may take")
     parser.add_argument("--table", action="store_true", help="print the tables of what is there, and measure nothing")
     parser.add_argument("--write", type=Path, help="a JSON file for all results together")
@@ -274,7 +275,8 @@ class Place:
         self.recipe: str = args.recipe
         self.files: Path = args.files
         self.folders: list[Path] = [args.files, *args.folder]
-        label = name if self.recipe == "default" else f"{name}@{self.recipe.replace('/', '_')}"
+        self.targets: tuple[str, ...] = tuple(args.target or TARGETS)
+        label = "@".join([name, *([Path(self.recipe).stem] if self.recipe != "default" else []), *(args.target or ())])
         self.json: Path = args.results / f"{label}.json"
         self.work: Path = args.results / "work" / name
         self.made: Path = args.results / "work" / label / "made"
@@ -341,6 +343,7 @@ def in_process(args: argparse.Namespace, name: str, job: str) -> dict[str, Any]:
     """What a child of this script measures, or the error that ended it."""
     command = [sys.executable, __file__, "--files", args.files, "--results", args.results, "--only", name, "--child", job]
     command += ["--recipe", args.recipe, *(word for folder in args.folder for word in ("--folder", folder))]
+    command += [word for target in args.target or () for word in ("--target", target)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit)
     except subprocess.TimeoutExpired:
@@ -378,7 +381,7 @@ def quantized(place: Place) -> dict[str, Any]:
     given = [torch.from_numpy(array) for array in place.samples("calibration").values()]
     before, start = peak(), time.perf_counter()
     example = tuple(tensor[:1] for tensor in given)
-    several = api.prepare_all(load_model(place.float), example, list(TARGETS), recipe=place.recipe)
+    several = api.prepare_all(load_model(place.float), example, list(place.targets), recipe=place.recipe)
     size = 16 if several[0].captured.dynamic_batch else several[0].captured.inputs[0].shape[0] or 1
     api.calibrate_all(several, list(zip(*(torch.split(tensor, size) for tensor in given), strict=True)))
     artifacts = {one.backend.name: api.convert(one, place.made / one.backend.name) for one in several}
@@ -401,7 +404,7 @@ def verify(place: Place) -> dict[str, Any]:
     from qdeploy import api
 
     made: dict[str, Any] = {}
-    for target in TARGETS:
+    for target in place.targets:
         start = time.perf_counter()
         try:
             report = api.verify(place.made / target).to_json()
@@ -457,7 +460,7 @@ def detection(place: Place) -> dict[str, Any]:
     assert counter is not None
     wanted = list(run(opened(place.float), data).values())
     made = {}
-    for target in TARGETS:
+    for target in place.targets:
         if (place.made / target).is_dir():
             made[target] = counter(wanted, list(deployed(place.made / target, place, data).values()))
     if place.static.is_file():
