@@ -13,6 +13,7 @@ library. All files are run by ONNX Runtime with the options that it has by itsel
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -449,11 +450,13 @@ def static(place: Place) -> dict[str, Any]:
     if (opset := next(one.version for one in model.opset_import if not one.domain)) < PER_CHANNEL:
         model = version_converter.convert_version(model, PER_CHANNEL)
     onnx.save(model, newer)
-    try:
-        quant_pre_process(str(newer), str(ready))
-    except Exception:  # its symbolic shapes know few operators; the documentation says to leave them out then
-        symbolic = False
-        quant_pre_process(str(newer), str(ready), skip_symbolic_shape=True)
+    paths = str(newer.resolve()), str(ready.resolve())
+    with contextlib.chdir(place.work):  # it leaves a file where it is called
+        try:
+            quant_pre_process(*paths)
+        except Exception:  # its symbolic shapes know few operators; the documentation says to leave them out then
+            symbolic = False
+            quant_pre_process(*paths, skip_symbolic_shape=True)
     options: dict[str, Any] = {"quant_format": QuantFormat.QDQ, "calibrate_method": CalibrationMethod.MinMax}
     try:
         quantize_static(str(ready), str(place.static), Reader(), per_channel=True, **options)
