@@ -158,11 +158,6 @@ class Backend:
     sources: tuple[str, ...] = ()
 
     @property
-    def encodes_all(self) -> bool:
-        """Whether every tensor has an encoding, since the target computes every op with integers."""
-        return self.activation.linear and any(rule.ops == EVERY for rule in self.rules)
-
-    @property
     def deciding(self) -> tuple[str, ...]:
         """The runtimes, as NAME or NAME:VARIANT, that say whether an artifact is as it should be: the vendor's own, and the literal run
         of the file. The others show what else runs it.

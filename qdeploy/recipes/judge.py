@@ -127,7 +127,7 @@ class Judge:
 
 def _cut(tensor: Tensor, parts: Parts | None) -> Sequence[Tensor]:
     """The parts of an output."""
-    return [tensor] if parts is None else tensor.split([stop - start for start, stop in pairwise(parts.edges)], parts.axis)
+    return [tensor] if parts is None else torch.split(tensor, [stop - start for start, stop in pairwise(parts.edges)], parts.axis)
 
 
 def _energies(wanted: Tensor, made: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -401,16 +401,15 @@ def _known(artifact: Artifact, saved: _Saved) -> list[Output]:
     loudest = max((float(np.abs(values).max(initial=0.0)) for values in floats), default=0.0)
     pairs = zip(artifact.outputs, saved.float_outputs, saved.simulated, strict=True)
     in_file = artifact.manifest.get("renamed", {})
-    known = [Output.seen(name, plain, simulated, scales.get(in_file.get(name, name)), loudest) for name, plain, simulated in pairs]
+    steps = [scales.get(in_file.get(name, name)) for name in artifact.outputs]
+    known = [Output.seen(name, plain, simulated, step, loudest) for (name, plain, simulated), step in zip(pairs, steps, strict=True)]
     for name, parts in artifact.parts.items():
         place = artifact.outputs.index(name)
         for tensor, (start, stop) in zip(parts.tensors, pairwise(parts.edges), strict=True):
             whole = known[place]
             part = replace(whole, name=f"{name}[{tensor}]", part=(place, parts.axis, start, stop))
             plain, simulated = (part.of(values, place) for values in (saved.float_outputs, saved.simulated))
-            known.append(
-                replace(Output.seen(part.name, plain, simulated, scales.get(in_file.get(name, name)), loudest), part=part.part)
-            )
+            known.append(replace(Output.seen(part.name, plain, simulated, steps[place], loudest), part=part.part))
     return known
 
 
