@@ -36,6 +36,7 @@ from qdeploy.export.onnx_file import emitted
 from qdeploy.graph import edit, query
 from qdeploy.graph.flow import run
 from qdeploy.graph.parts import output_parts
+from qdeploy.numerics.metrics import find_metric
 from qdeploy.recipes import step_runner
 from qdeploy.recipes.calibration_pass import observe, observer_of
 from qdeploy.recipes.distill import distill
@@ -157,14 +158,16 @@ def calibrate(
     folder: str | Path | None = None,
     resume: bool = False,
     step_progress: StepProgress = no_step_progress,
+    metric: str | Callable[..., Any] | None = None,
 ) -> Prepared:
     """Pass `batches` once through `prepared`, fix all ranges, and run the steps of the recipe. Returns `prepared`.
 
-    labels: a class a sample; steps are then judged by right classes instead of SQNR. folder: where long steps keep their finished
+    labels: a class a sample; steps are then judged by right classes instead of SQNR. metric: another measure that judges them, see
+    `qdeploy.numerics.metrics`. folder: where long steps keep their finished
     parts, which `resume` reads back. `progress` is told the samples done, `step_progress` how a step goes. Raises `InputError` where a
     batch does not fit, holds NaN or Inf, or where there is none.
     """
-    return calibrate_all((prepared,), batches, progress, labels, folder, resume, step_progress)[0]
+    return calibrate_all((prepared,), batches, progress, labels, folder, resume, step_progress, metric)[0]
 
 
 def calibrate_all(
@@ -175,13 +178,14 @@ def calibrate_all(
     folder: str | Path | None = None,
     resume: bool = False,
     step_progress: StepProgress = no_step_progress,
+    metric: str | Callable[..., Any] | None = None,
 ) -> Sequence[Prepared]:
     """`calibrate` for all that one `prepare_all` made, in one pass over the data."""
     if any(one.calibrated for one in several):
         raise OptionError("the model is calibrated already", action="prepare it again")
     if not several or any(one.captured is not several[0].captured for one in several):
         raise OptionError("these models were not prepared together", action="name all backends in one call of prepare")
-    first = several[0]
+    first, judged_by = several[0], find_metric(metric)
     torch.manual_seed(first.seed)
     classes = None if labels is None else torch.as_tensor(np.asarray(labels))
     states, samples = observe(several, iter(batches), progress, classes, step_progress)
@@ -194,7 +198,7 @@ def calibrate_all(
         one.samples_seen, one.reference = first.samples_seen, first.reference
         parts = None if folder is None else Path(folder) / one.backend.name
         torch.manual_seed(one.seed)  # so that a target comes out the same, whichever others are made with it
-        step_runner.settle(one, own, samples, partial(observer_of, one.recipe), parts, step_progress)
+        step_runner.settle(one, own, samples, partial(observer_of, one.recipe), parts, step_progress, judged_by)
         one.check_scales()
         one.calibrated, one.observers = True, {}
     return several
@@ -318,11 +322,12 @@ def verify(
     labels: Labels | None = None,
     simulation: Prepared | None = None,
     progress: SampleProgress = no_progress,
+    metric: str | Callable[..., Any] | None = None,
 ) -> Report:
     """Run the artifact in the folder `out` on real runtimes and compare; see `qdeploy.verification.verify`."""
     opened = out if isinstance(out, Artifact) else Artifact.open(out)
     numbers = None if labels is None else np.asarray(labels)
-    return verify_artifact(opened, batches, runtime, numbers, simulation, progress)
+    return verify_artifact(opened, batches, runtime, numbers, simulation, progress, find_metric(metric))
 
 
 class More(TypedDict, total=False):
@@ -334,6 +339,7 @@ class More(TypedDict, total=False):
     folder: str | Path | None
     resume: bool
     accept: bool
+    metric: str | Callable[..., Any] | None
 
 
 class Everything(Options, More, total=False):
@@ -368,14 +374,15 @@ def quantize(
     folder: str | Path | None = None,
     resume: bool = False,
     accept: bool = False,
+    metric: str | Callable[..., Any] | None = None,
     **options: Unpack[Options],
 ) -> Artifact | tuple[Artifact, ...]:
     """Prepare, calibrate on `batches`, convert into `out`, and verify on the saved samples with every runtime at hand.
 
     The report is in the artifact's `manifest["verify"]`. A list of backends gives one artifact each, in folders of `out` with their
     names; the data is passed once. Without data (`batches` None) images are distilled, see `distill_data`; a module needs
-    `example_inputs` then. `labels`, `folder` and `resume` are those of `calibrate`, `file_format` and `accept` those of `convert`:
-    without it, `QualityError` where quantization has destroyed an output, and that artifact is not written.
+    `example_inputs` then. `labels`, `folder`, `resume` and `metric` are those of `calibrate`, `file_format` and `accept` those of
+    `convert`: without it, `QualityError` where quantization has destroyed an output, and that artifact is not written.
     """
     single = isinstance(backend, str | Backend)
     targets = (find_backend(backend),) if isinstance(backend, str | Backend) else find_backends(backend)
@@ -393,10 +400,10 @@ def quantize(
             raise InputError("there is no calibration data", action="give at least one batch")
         example = first if example_inputs is None else example_inputs
         several = prepare_all(model, example, targets, **options)
-        made = calibrate_all(several, chain((first,), stream), labels=labels, folder=folder, resume=resume)
+        made = calibrate_all(several, chain((first,), stream), labels=labels, folder=folder, resume=resume, metric=metric)
         for prepared, claimed in zip(made, places, strict=True):
             with claimed.staged() as fresh:
-                report = verify(convert(prepared, fresh, file_format, accept))
+                report = verify(convert(prepared, fresh, file_format, accept), metric=metric)
                 if report.quality and not accept:
                     where = f"quantization for '{prepared.backend.name}' destroys what the model computes"
                     raise QualityError(

@@ -75,7 +75,7 @@ def test_with_labels_of_the_data_steps_are_judged_by_right_classes(plain: Path, 
     assert run("quantize", plain / "plain.pt2", "--backend", "snpe", *given, monkeypatch=monkeypatch) == 0
     steps = json.loads((tmp_path / "out/qdeploy.json").read_text())["steps"]
     late = [entry for entry in steps if entry["step"] != "equalize"]
-    assert late and all(entry["metric"] == "top-1" and entry["before"] > 0.9 for entry in late)
+    assert late and all(entry["metric"] == "top1" and entry["before"] > 0.9 for entry in late)
 
 
 def test_labels_without_data_are_refused(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

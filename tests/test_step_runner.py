@@ -211,7 +211,7 @@ def test_with_labels_steps_are_judged_by_right_classes():
     data = networks.batches("plain")
     made = networks.network("plain")(torch.cat([x for (x,) in data])).argmax(1)
     log = qdeploy.calibrate(prepared(("scaled", {"factor": -1.0})), data, labels=made).log
-    assert log[0]["metric"] == "top-1" and 0 <= log[0]["before"] <= 1 and log[0]["decision"] == "undone"
+    assert log[0]["metric"] == "top1" and 0 <= log[0]["before"] <= 1 and log[0]["decision"] == "undone"
 
 
 def test_too_few_labels_are_refused():
@@ -336,7 +336,8 @@ def test_targets_for_which_the_same_steps_helped_share_one_float_graph():
 
 def measured(noise: Sequence[float], signal: float = 1.0, right: Sequence[bool] | None = None) -> Measure:
     energies = torch.tensor([list(noise)], dtype=torch.float64)
-    return Measure(signal=torch.full_like(energies, signal), noise=energies, right=None if right is None else torch.tensor(right))
+    scores = None if right is None else torch.tensor(right).double()
+    return Measure(signal=torch.full_like(energies, signal), noise=energies, scores=scores, name="top1" if right else "")
 
 
 def test_a_measure_is_signal_over_noise_in_decibels():
@@ -368,7 +369,7 @@ def test_what_helps_does_so_by_more_than_the_samples_may_deceive(before: list[fl
 def test_with_labels_the_classes_decide_where_they_tell_and_the_noise_where_not(won: int, noise: float, helps: bool):
     before, after = [True] * 20 + [False] * 20, [True] * (20 + won) + [False] * (20 - won)
     assert measured([noise] * 40, right=after).helps(measured([0.1] * 40, right=before)) is helps
-    assert measured([noise], right=[True]).metric == "top-1"
+    assert measured([noise], right=[True]).metric == "top1"
 
 
 def test_the_float_row_is_the_users_model_whatever_the_steps_have_changed(tmp_path: Path):

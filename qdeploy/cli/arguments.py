@@ -40,6 +40,9 @@ DynamicSizes = Annotated[
 TailOption = Annotated[
     str, typer.Option("--tail", help="what is behind the last layers: auto, float or quantized; auto keeps parts of a concat apart")
 ]
+MetricOption = Annotated[
+    str | None, typer.Option("--metric", help="judge by this too: top1, cosine, iou, relative_error, or MODULE:FUNCTION of your own")
+]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="unpickle a model file that you trust; this runs its code")]
 Mean = Annotated[str | None, typer.Option("--mean", help="of images in [0, 1], per channel: 0.485,0.456,0.406")]
 Std = Annotated[str | None, typer.Option("--std", help="of images in [0, 1], per channel: 0.229,0.224,0.225")]

@@ -134,7 +134,18 @@ def print_report(report: Report, out: str, data: Sequence[str]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("", "accuracy", "top-1 agreement", "SQNR dB", "max steps", "nodes", "size", "decides", "check"):
+    for column in (
+        "",
+        "accuracy",
+        "top-1 agreement",
+        *([report.metric] if report.metric else []),
+        "SQNR dB",
+        "max steps",
+        "nodes",
+        "size",
+        "decides",
+        "check",
+    ):
         table.add_column(column, justify="left" if column in ("", "decides", "check") else "right", no_wrap=column == "")
     for r in report.results:
         placed = f"{r.placement['accelerator']} + {r.placement['fallback']} on CPU" if r.placement else ""
@@ -142,6 +153,7 @@ def print_report(report: Report, out: str, data: Sequence[str]) -> None:
             r.name,
             "" if r.accuracy is None else f"{r.accuracy:.2%}",
             "" if r.agreement is None else f"{r.agreement:.2%}",
+            *(["" if r.metric is None else f"{r.metric:.4g}"] if report.metric else []),
             "" if r.sqnr is None else "exact" if r.sqnr >= 999 else f"{r.sqnr:.1f}",
             "" if r.max_steps is None else f"{r.max_steps:g}",
             placed,

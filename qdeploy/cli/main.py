@@ -25,6 +25,7 @@ from qdeploy.cli.arguments import (
     Json,
     Labels,
     Mean,
+    MetricOption,
     Model,
     Name,
     Pickle,
@@ -82,6 +83,7 @@ def quantize(
     ] = None,
     verify_data: Annotated[str | None, typer.Option(help="verify on these samples, not on 64 of --data")] = None,
     labels: Labels = None,
+    metric: MetricOption = None,
     data_labels: Annotated[str | None, typer.Option(help="class numbers of --data: judge steps by right classes")] = None,
     accept: Annotated[bool, typer.Option("--accept", help="write it even where quantization destroys what the model computes")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run that was interrupted")] = False,
@@ -129,10 +131,10 @@ def quantize(
         arguments.check_batch(calibration, specs)
         with silence_torch():
             several = api.prepare_all(loaded, arguments.example(loaded, specs, source.example), targets, **options)
-        _calibrate(several, source, work.parts, resume, console)
+        _calibrate(several, source, work.parts, resume, metric, console)
         shown = arguments.data_options(verify_data, mean, std, resize)
         done = [
-            _write(one, place, file_format, accept, evaluation, runtime, shown, console)
+            _write(one, place, file_format, accept, metric, evaluation, runtime, shown, console)
             for one, place in zip(several, places, strict=True)
         ]
         work.drop_parts()
@@ -154,12 +156,14 @@ def _distilled(loaded: Any, specs: Sequence[TensorSpec], samples: int, seed: int
     return CalibrationSource(example=example, labels=None, count=lambda _: count, batches=lambda _: made)
 
 
-def _calibrate(several: Sequence[Prepared], source: CalibrationSource, folder: Path, resume: bool, console: Console) -> None:
+def _calibrate(
+    several: Sequence[Prepared], source: CalibrationSource, folder: Path, resume: bool, metric: str | None, console: Console
+) -> None:
     from qdeploy import api
 
     try:
         with console.progress("calibrate", source.count(several[0])) as progress, console.step_progress() as step_progress:
-            api.calibrate_all(several, source.batches(several[0]), progress, source.labels, folder, resume, step_progress)
+            api.calibrate_all(several, source.batches(several[0]), progress, source.labels, folder, resume, step_progress, metric)
     except KeyboardInterrupt:
         console.say(f"interrupted; finished parts are in {folder}: run the same command with --resume to go on")
         raise typer.Exit(130) from None
@@ -174,6 +178,7 @@ def _write(
     place: Place,
     file_format: str | None,
     accept: bool,
+    metric: str | None,
     evaluation: Data | None,
     runtime: list[str] | None,
     shown: Sequence[str],
@@ -187,12 +192,12 @@ def _write(
         console.say(f"write ONNX for {prepared.backend.name}")
         written = api.convert(prepared, fresh, file_format, accept)
         if evaluation is None:
-            report = api.verify(written, runtime=runtime)
+            report = api.verify(written, runtime=runtime, metric=metric)
         else:
             used = arguments.count(evaluation, prepared)
             numbers = None if evaluation.labels is None else evaluation.labels[:used]
             with console.progress("verify", used) as progress:
-                report = api.verify(written, arguments.batches(evaluation, prepared), runtime, numbers, prepared, progress)
+                report = api.verify(written, arguments.batches(evaluation, prepared), runtime, numbers, prepared, progress, metric)
         if report.quality and not accept:
             raise _Refused
     refused = bool(report.quality) and not accept
@@ -223,6 +228,7 @@ def verify(
     data: DataPath = None,
     runtime: RuntimeNames = None,
     labels: Labels = None,
+    metric: MetricOption = None,
     mean: Mean = None,
     std: Std = None,
     resize: Resize = None,
@@ -241,7 +247,7 @@ def verify(
     if data is None:
         if labels:
             raise OptionError("--labels go with --data", action="name the samples that the labels belong to")
-        report = api.verify(opened, runtime=runtime)
+        report = api.verify(opened, runtime=runtime, metric=metric)
     else:
         specs = opened.specs
         samples = open_data(data, specs, arguments.image_options(mean, std, resize), labels)
@@ -249,7 +255,9 @@ def verify(
         used = arguments.in_whole_batches(len(samples), fixed)
         numbers = None if samples.labels is None else samples.labels[:used]
         with console.progress("verify", used) as progress:
-            report = api.verify(opened, samples.batches(fixed or arguments.BATCH, used), runtime, numbers, progress=progress)
+            report = api.verify(
+                opened, samples.batches(fixed or arguments.BATCH, used), runtime, numbers, progress=progress, metric=metric
+            )
     shown = arguments.data_options(data, mean, std, resize)
     console.show(report.to_json(), lambda: print_report(report, str(out), shown))
     _finish(report)

@@ -1,8 +1,8 @@
 """What a simulation is worth: measured against the float model on samples, and compared sample by sample.
 
 The measure is the SQNR of the outputs against those of the float model, its mean where there are several, or the share of right classes
-where labels are given. An output that a concat puts together counts as its parts: beside boxes, scores would not be heard. Whether one
-simulation is better than another is told from the same samples in both: of each, the gain is
+where labels are given, or what the user's metric says. An output that a concat puts together counts as its parts: beside boxes, scores
+would not be heard. Whether one simulation is better than another is told from the same samples in both: of each, the gain is
 
     d = mean over outputs of  10 log10( noise before / noise after )      in dB
 
@@ -15,16 +15,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from qdeploy.capture import outputs
 from qdeploy.graph import query
 from qdeploy.graph.flow import run
 from qdeploy.graph.parts import Parts, output_parts
+from qdeploy.numerics.metrics import METRICS, Metric
 from qdeploy.simulation.prepared import Prepared
 
-SQNR, MEAN_SQNR, TOP1 = "SQNR dB", "mean SQNR dB", "top-1"
+SQNR, MEAN_SQNR = "SQNR dB", "mean SQNR dB"
 EXACT = 999.0
 """SQNR in dB of outputs that are equal."""
 LEAST = 0.01
@@ -37,28 +41,30 @@ FLOOR = 1e-12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
-    """What was found on n samples: energies of `signal` and `noise`, float64 `[outputs, n]`, and which are `right`, bool `[n]`."""
+    """What was found on n samples: energies of `signal` and `noise`, float64 `[outputs, n]`, and `scores` by another metric `[n]`."""
 
     signal: Tensor
     noise: Tensor
-    right: Tensor | None = None
+    scores: Tensor | None = None
+    name: str = ""
+    """Of the metric that `scores` are by."""
 
     @classmethod
     def joined(cls, parts: Sequence[Measure]) -> Measure:
         """One measure of the samples of all."""
         signal, noise = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("signal", "noise"))
-        right = [part.right for part in parts if part.right is not None]
-        return cls(signal=signal, noise=noise, right=torch.cat(right) if right else None)
+        scores = [part.scores for part in parts if part.scores is not None]
+        return cls(signal=signal, noise=noise, scores=torch.cat(scores) if scores else None, name=parts[0].name)
 
     @property
     def metric(self) -> str:
         """The name of `value`."""
-        return TOP1 if self.right is not None else SQNR if len(self.noise) == 1 else MEAN_SQNR
+        return self.name or (SQNR if len(self.noise) == 1 else MEAN_SQNR)
 
     @property
     def value(self) -> float:
-        """The share of right classes, or the mean of the SQNR of the outputs in dB."""
-        return self.sqnr if self.right is None else float(self.right.double().mean())
+        """The mean of the scores, or that of the SQNR of the outputs in dB."""
+        return self.sqnr if self.scores is None else float(self.scores.mean())
 
     @property
     def sqnr(self) -> float:
@@ -73,13 +79,14 @@ class Measure:
     def helps(self, before: Measure) -> bool:
         """Whether this is better than `before` by more than the samples may deceive; both are of the same ones.
 
-        With labels, where the right classes tell neither, the SQNR does.
+        Where the scores by another metric tell neither, the SQNR does.
         """
-        if self.right is not None and before.right is not None:
-            won, lost = int((self.right & ~before.right).sum()), int((before.right & ~self.right).sum())
-            if abs(won - lost) > math.sqrt(won + lost):
-                return won > lost
-        if self.sqnr - before.sqnr < LEAST:
+        if self.scores is not None and before.scores is not None:
+            gains = self.scores - before.scores
+            error = float(gains.norm()) / len(gains) if len(gains) > 1 else 0.0  # of a mean of 0
+            if abs(float(gains.mean())) > error:
+                return float(gains.mean()) > 0
+        if self.sqnr - before.sqnr < LEAST or not len(self.noise):
             return False
         gains = self._gains(before)
         if len(gains) < 2:
@@ -100,12 +107,16 @@ def _decibels(signal: float, noise: float) -> float:
 
 
 class Judge:
-    """Measures a simulation on `samples`, one tensor `[N, ...]` an input, by the float outputs, or by `labels` `[N]` too."""
+    """Measures a simulation on `samples`, one tensor `[N, ...]` an input, by the float outputs.
 
-    def __init__(self, prepared: Prepared, samples: Sequence[Tensor], labels: Tensor | None = None):
+    `metric` is another measure that decides, before the SQNR; where `labels` `[N]` are known, by default the right classes.
+    """
+
+    def __init__(self, prepared: Prepared, samples: Sequence[Tensor], labels: Tensor | None = None, metric: Metric | None = None):
         self.prepared = prepared
         self.samples = tuple(samples)
         self.labels = labels
+        self.metric = METRICS["top1"] if metric is None and labels is not None else metric
         self._wanted = run(prepared.captured.module, samples, prepared.batch_size)
         self._parts = [output_parts(node) for node in query.outputs(prepared.captured.module.graph)]
 
@@ -121,8 +132,15 @@ class Judge:
                 wanted = want[rows] if whole else want
                 pairs += [_energies(w, g, count) for w, g in zip(_cut(wanted, parts), _cut(got, parts), strict=True)]
         signal, noise = (torch.stack(column) for column in zip(*pairs, strict=True)) if pairs else (torch.zeros(0, count),) * 2
-        right = None if self.labels is None else made[0].flatten(1).argmax(1) == self.labels[rows]
-        return Measure(signal=signal, noise=noise, right=right)
+        scores = None if self.metric is None else torch.from_numpy(self._scores(self.metric, made, rows)).double().expand(count)
+        return Measure(signal=signal, noise=noise, scores=scores, name=self.metric.name if self.metric else "")
+
+    def _scores(self, metric: Metric, made: Sequence[Tensor], rows: slice) -> NDArray[Any]:
+        everything = len(self.samples[0])
+        wanted = [want[rows] if want.dim() and len(want) == everything else want for want in self._wanted]
+        labels = None if self.labels is None else self.labels[rows].numpy()
+        names = outputs.names(self.prepared.captured.module)
+        return metric.scores(names, [t.numpy() for t in made], [t.numpy() for t in wanted], labels)
 
 
 def _cut(tensor: Tensor, parts: Parts | None) -> Sequence[Tensor]:

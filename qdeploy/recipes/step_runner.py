@@ -29,6 +29,7 @@ from qdeploy.core.spec import QuantSpec, Role
 from qdeploy.core.version import __version__
 from qdeploy.graph import edit, query
 from qdeploy.graph.observe import WidthTap
+from qdeploy.numerics.metrics import Metric
 from qdeploy.numerics.multi_observer import MultiObserver
 from qdeploy.numerics.observer import Observer
 from qdeploy.numerics.quantizer import Quantizer
@@ -187,16 +188,17 @@ def settle(
     observer_of: Callable[[Role, QuantSpec], Observer],
     folder: Path | None = None,
     progress: StepProgress = no_step_progress,
+    metric: Metric | None = None,
 ) -> None:
     """Fix all numbers of `prepared` by what was observed, and run the steps of its recipe, judged by `samples` (None: no steps).
 
-    Finished parts of long steps are kept in `folder`.
+    `metric` is that of `Judge`. Finished parts of long steps are kept in `folder`.
     """
     _choose_tail(prepared, states)
     _freeze(prepared, states[()], None, observer_of)
     if samples is None:
         return
-    judge = Judge(prepared, samples.held, samples.labels)
+    judge = Judge(prepared, samples.held, samples.labels, metric)
     now, start = _start(prepared, states[()], judge, observer_of)
     now = _choose_graph(prepared, states, start, now, judge, observer_of)
     _run_simulation_steps(prepared, samples, judge, now, folder, progress)

@@ -151,10 +151,10 @@ class _Energies:
 class Comparison:
     """Running comparison of outputs with simulated ones. What is kept of a sample are a few numbers."""
 
-    def __init__(self, outputs: Sequence[Output]):
+    def __init__(self, outputs: Sequence[Output], classes: bool = True):
         self.outputs = outputs
         self.samples = self.right = self.labelled = 0
-        self.finite = self.ranked = True
+        self.finite, self.ranked = True, classes
         self.energies = [_Energies() for _ in outputs]
         self.margins: list[float] = []
         """The simulation's margin between the two classes, of each sample with another top-1."""

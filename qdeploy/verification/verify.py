@@ -35,6 +35,7 @@ from qdeploy.core.progress import SampleProgress, no_progress
 from qdeploy.export.artifact import Artifact, missing_names
 from qdeploy.export.onnx_file import tensor_names
 from qdeploy.graph.flow import run
+from qdeploy.numerics.metrics import Metric
 from qdeploy.runtimes.runtime import Runtime, find_runtime, runtimes
 from qdeploy.simulation.prepared import Prepared
 from qdeploy.verification.encoded import without_encoding
@@ -67,6 +68,7 @@ class Result:
     sqnr: float | None = None
     max_steps: float | None = None
     accuracy: float | None = None
+    metric: float | None = None
     placement: dict[str, int] = field(default_factory=dict)
     checked: bool = False
     faults: tuple[str, ...] = ()
@@ -97,6 +99,8 @@ class Report:
     faults: tuple[str, ...]
     quality: tuple[str, ...] = ()
     """Where the simulation has lost what the float model computes."""
+    metric: str = ""
+    """The name of the metric that rows have besides SQNR, if any."""
     accepted: bool = False
     """Whether the user takes that, by `--accept`."""
     unrecorded: str = ""
@@ -141,7 +145,13 @@ class Report:
         """Plain data, for the manifest and `--json`."""
         rows = [asdict(result) for result in self.results]
         said = {"faults": self.faults, "quality": self.quality, "notes": self.notes}
-        return {"passed": self.passed, "accepted": self.accepted, **{key: list(texts) for key, texts in said.items()}, "results": rows}
+        return {
+            "passed": self.passed,
+            "accepted": self.accepted,
+            "metric": self.metric,
+            **{key: list(texts) for key, texts in said.items()},
+            "results": rows,
+        }
 
 
 LEAST_QUALITY = 10.0
@@ -196,6 +206,10 @@ class _Row:
         self.decides = decides
         self.comparison: Comparison | None = None
         self.failure = ""
+        self.classes = True
+        """Whether the first output may be classes."""
+        self.kept: list[Sequence[Array]] = []
+        """All outputs, where another metric asks for them."""
 
     def run(self, inputs: Sequence[Array]) -> list[Array] | None:
         """The outputs, or None where they cannot be computed: that is a result, and no reason to lose the artifact or other rows."""
@@ -209,7 +223,7 @@ class _Row:
 
     def add(self, made: Sequence[Array], simulated: Sequence[Array], labels: Array | None, known: Sequence[Output]) -> None:
         """Compare a batch; outputs that cannot be compared end the row."""
-        self.comparison = self.comparison or Comparison(known)
+        self.comparison = self.comparison or Comparison(known, self.classes)
         try:
             self.comparison.add(simulated, made, labels)
         except Exception as error:  # whatever a vendor's library returned
@@ -281,12 +295,14 @@ def verify_artifact(
     labels: Array | None = None,
     simulation: Prepared | None = None,
     progress: SampleProgress = no_progress,
+    metric: Metric | None = None,
 ) -> Report:
     """Check `artifact`, on its saved samples or on `batches`, in `runtime` (default: all of its backend's that are installed).
 
     `labels` `[N]` are class numbers. `simulation` is the prepared model, where it is still at hand. All runtimes see each batch in
     turn, so the data is passed once; `progress` is told the samples done. The report also goes into qdeploy.json. What `runtime` names
-    decides; by default what `Artifact.decides` says, or all rows where none of these ran.
+    decides; by default what `Artifact.decides` says, or all rows where none of these ran. `metric` is measured of every row against
+    the float model, for which all outputs are kept; top-1 is then not asked for.
     """
     artifact.check_whole()
     chosen = _choose(artifact, runtime)
@@ -308,16 +324,25 @@ def verify_artifact(
     with ExitStack() as open_rows:
         for row in (*references, *rows):
             open_rows.callback(row.close)
+            row.classes = metric is None or metric.name == "top1"
         literal = [_literal_row(artifact, saved, known)] if batches is not None and simulation is None else []
-        faults += _compare(references, rows, data, labels, known, progress)
+        faults += _compare(references, rows, data, labels, known, progress, metric)
         level = ALARM / max(1, sum(row.tests for row in (*rows, *literal)))
         for row in literal:
             faults += [
                 f"{artifact.simulation.name} does not compute the saved simulation: {fault}" for fault in row.result(level).faults
             ]
         results = tuple(row.result(level) for row in (*references, *rows))
+        if metric is not None:
+            results = _measured(metric, artifact.outputs, results, [row.kept for row in (*references, *rows)], labels)
         quality += fewer_right(results[: len(references)])
-        report = Report(results=results, faults=tuple(faults), quality=tuple(quality), accepted=artifact.accepted)
+        report = Report(
+            results=results,
+            faults=tuple(faults),
+            quality=tuple(quality),
+            accepted=artifact.accepted,
+            metric=metric.name if metric else "",
+        )
     try:
         artifact.record("verify", report.to_json())
     except OSError as error:
@@ -327,6 +352,18 @@ def verify_artifact(
     return report
 
 
+def _measured(
+    metric: Metric, names: Sequence[str], results: Sequence[Result], kept: Sequence[Sequence[Sequence[Array]]], labels: Array | None
+) -> tuple[Result, ...]:
+    """The rows with the metric of each, against the outputs of the first one, which is the float model."""
+    joined = [[np.concatenate(parts) for parts in zip(*batches, strict=True)] for batches in kept]
+    found = []
+    for result, made in zip(results, joined, strict=True):
+        fits = made and result.samples == results[0].samples
+        found.append(replace(result, metric=float(metric.scores(names, made, joined[0], labels).mean())) if fits else result)
+    return tuple(found)
+
+
 def _compare(
     references: Sequence[_Row],
     rows: Sequence[_Row],
@@ -334,6 +371,7 @@ def _compare(
     labels: Array | None,
     known: Sequence[Output],
     progress: SampleProgress,
+    metric: Metric | None,
 ) -> list[str]:
     """Show all data to all rows, which are compared with the last of `references`; what is wrong with that one itself."""
     simulation = references[-1]
@@ -350,6 +388,8 @@ def _compare(
             made = simulated if row is simulation else row.run(inputs)
             if made is not None:
                 row.add(made, simulated, part, known)
+                if metric is not None:
+                    row.kept.append([np.asarray(array) for array in made])
         done += count
         progress(done)
     if done == 0:
