@@ -663,9 +663,9 @@ VERIFY: dict[str, tuple[Callable[[Path], object], str, list[str]]] = {
     "JSON of another kind": (_edit("qdeploy.json", lambda text: "[1]"), "", ["'{out}/qdeploy.json' is no manifest", "again"]),
     "empty JSON": (_edit("qdeploy.json", lambda text: "{}"), "", ["'{out}/qdeploy.json' is no manifest", "found: KeyError: 'schema'"]),
     "other schema": (
-        _edit("qdeploy.json", lambda text: text.replace('"schema": 2', '"schema": 99')),
+        _edit("qdeploy.json", lambda text: text.replace('"schema": 3', '"schema": 99')),
         "",
-        ["'{out}/qdeploy.json' has another schema", "found: 99", "allowed: 2", "use the qdeploy that wrote it"],
+        ["'{out}/qdeploy.json' has another schema", "found: 99", "allowed: 3", "use the qdeploy that wrote it"],
     ),
     "missing data": (bool, "--data {at}/nowhere.npz", ["no data file '{at}/nowhere.npz'", "check the path"]),
     "wrong shape": (bool, "--data {at}/wrong_shape.npy", ["'{at}/wrong_shape.npy'", "found: [8, 1, 7, 8]", "allowed: [N, 1, 8, 8]"]),

@@ -64,7 +64,7 @@ def test_the_steps_are_printed_as_a_table(
     assert run("quantize", plain / "plain.pt2", "--backend", "snpe", *given, monkeypatch=monkeypatch) == 0
     shown = capfd.readouterr().out
     steps = json.loads((out / "qdeploy.json").read_text())["steps"]
-    assert [entry["step"] for entry in steps] == [choice.step for choice in RECIPES["default"].steps]
+    assert [entry["step"] for entry in steps] == ["start", *(choice.step for choice in RECIPES["default"].steps)]
     for entry in steps:
         assert entry["step"] in shown and entry["decision"] in shown and entry["metric"] == "SQNR dB"
     assert not (tmp_path / ".out.work").exists(), "the parts of a finished run are gone"

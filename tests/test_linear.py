@@ -108,7 +108,7 @@ def wide(count: int) -> fx.GraphModule:
 def all_own_passes(module: fx.GraphModule) -> None:
     """From a captured graph to a simulation, to observers and to what is exported."""
     simplify.simplify(module)
-    _name_tensors(module, ["x"])
+    _name_tensors(module, ["x"], of_file=False)
     fold(module, with_biases=True)
     plan = make_plan(module, backends["snpe"])
     insert_quantizers(edit.copy(module, own_parameters=True), plan)

@@ -21,7 +21,7 @@ from qdeploy.numerics.metrics import METRICS, find_metric
 from qdeploy.runtimes.runtime import Runtime
 
 Outputs = dict[str, np.ndarray]
-PAIRS = hnp.arrays(np.float32, (2, 3, 4), elements=st.floats(-100, 100, width=32, allow_subnormal=False).filter(lambda v: v == 0 or abs(v) > 1e-10))
+PAIRS = hnp.arrays(np.float32, (2, 3, 4), elements=st.floats(-100, 100, width=32).map(lambda v: round(v, 3)))
 
 
 @pytest.fixture(autouse=True)

@@ -175,7 +175,7 @@ class Backend:
     @property
     def encodes_all(self) -> bool:
         """Whether the target computes every op with integers, so that no float tensor of its file may be without an encoding."""
-        return self.activation.linear and any(rule.ops == EVERY for rule in self.rules)
+        return self.activation.linear and self.weight.linear and any(rule.ops == EVERY for rule in self.rules)
 
     def fuses(self, head: str, tail: str) -> bool:
         """Whether the target computes `tail` together with `head`."""

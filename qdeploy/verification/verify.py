@@ -426,7 +426,11 @@ def _saved(artifact: Artifact) -> _Saved:
     if missing:
         raise ArtifactError(f"the saved samples have no '{missing[0]}'", action="quantize the model again")
     specs = artifact.specs
-    check_batch([torch.from_numpy(arrays[f"input.{spec.name}"]) for spec in specs], specs, "the artifact's saved samples")
+    fixed = [spec.shape[0] for spec in specs if spec.shape and spec.shape[0] is not None]
+    unit = fixed[0] if fixed else None  # several batches are saved, where the model fixes their size
+    given = [torch.from_numpy(arrays[f"input.{spec.name}"]) for spec in specs]
+    whole = unit is None or all(len(array) % unit == 0 for array in given)
+    check_batch([array[:unit] for array in given] if whole else given, specs, "the artifact's saved samples")
     return _Saved(
         inputs=[arrays[f"input.{spec['name']}"] for spec in artifact.inputs],
         float_outputs=[arrays[f"float.{name}"] for name in artifact.outputs],
