@@ -282,7 +282,7 @@ def test_all_layers_are_quantized_nothing_is_missing_and_it_runs_as_simulated(gr
         assert all(t.reason for t in made.plan.tensors), target
         artifact = qdeploy.convert(made, tmp_path / target)
         assert completeness.missing(artifact.path) == [], target
-        report = qdeploy.verify(artifact, runtime="onnxruntime", simulation=made)
+        report = qdeploy.verify(artifact, runtime=("onnxruntime:faithful", "onnxruntime:none"), simulation=made)
         assert report.passed, (target, report.faults or report.results)
         assert differing(artifact, GROUPS[group]) == {}, target
 
