@@ -342,14 +342,18 @@ def test_a_changed_field_of_the_manifest_is_named(key: str, tmp_path: Path) -> N
             Artifact.open(tmp_path / "out")
 
 
-@pytest.mark.parametrize("key", ["float_bytes", "inputs", "outputs", "encodings", "tie_free", "planned", "runtimes", "steps"])
+FIELDS = ("float_bytes", "inputs", "outputs", "device_outputs", "parts", "encodings", "encodes_all", "tie_free", "planned", "runtimes")
+FIELDS += ("deciding", "steps", "float", "renamed")
+
+
+@pytest.mark.parametrize("key", FIELDS)
 @pytest.mark.parametrize("value", [None, [], 7, "x", [{}], [None], {"a": 1}])
 def test_a_field_of_another_form_is_no_traceback_even_where_it_was_sealed(key: str, value: object, tmp_path: Path) -> None:
     path = copy_of("plain", "snpe", tmp_path / "out") / MANIFEST
     manifest = json.loads(path.read_text())
     path.write_text(render(sealed(manifest | {key: value})))
     opened = Artifact.open(tmp_path / "out")
-    empty = value == [] and key in ("encodings", "planned", "runtimes", "steps")
+    empty = value == [] and key in ("encodings", "planned", "runtimes", "deciding", "steps")
     if empty or (key, value) == ("float_bytes", 7):
         opened.check_whole()
     else:

@@ -89,9 +89,12 @@ class Artifact:
         fits = {
             "inputs": specs and all(size is None or (isinstance(size, int) and size > 0) for size in sizes),
             "outputs": bool(self.outputs),
+            "device_outputs": bool(self.device_outputs),
             "planned": all(isinstance(text, str) for text in texts),
             "float_bytes": isinstance(self.manifest["float_bytes"], int),
             "tie_free": isinstance(self.manifest["tie_free"], bool),
+            **{key: _texts(self.manifest.get(key, {})) for key in ("float", "renamed")},
+            "encodes_all": isinstance(self.manifest.get("encodes_all", False), bool),
             "parts": all(self._fits(name, one) for name, one in self.parts.items()),
             "steps": all(isinstance(step["decision"], str) for step in self.manifest.get("steps", [])),
             "encodings": all(isinstance(encoding.tensor, str) for encoding in self.encodings),
@@ -194,6 +197,11 @@ class Artifact:
                 raise ArtifactError(f"'{self.path}' was replaced by another artifact meanwhile", action="verify that one")
             self.manifest = sealed(self.manifest | {key: value})
             held.replace(render(self.manifest))
+
+
+def _texts(given: object) -> bool:
+    """Whether it maps texts to texts."""
+    return isinstance(given, dict) and all(isinstance(text, str) for pair in given.items() for text in pair)
 
 
 def _more(names: Sequence[str]) -> str | None:
