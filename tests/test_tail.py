@@ -266,3 +266,43 @@ def test_steps_are_judged_by_the_parts_of_an_output() -> None:
         for w, f in ((wanted[..., :2], found[..., :2]), (wanted[..., 2:], found[..., 2:]))
     ]
     assert measure.value == pytest.approx(float(sum(levels)) / 2, abs=1e-3)
+
+
+class States(nn.Module):
+    """An input of two states, one a hundred times as wide as the other, which two layers read; the transposed input goes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(6, 5), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = x.transpose(1, 2)
+        return self.one(both[..., 0]) + self.other(both[..., 1].tanh())
+
+
+@pytest.mark.parametrize("backend", FLOATS)
+def test_the_parts_of_an_input_have_encodings_of_their_own_where_they_are_read(backend: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = States().eval(), torch.randn(24, 2, 6) * torch.tensor([0.5, 100.0])[:, None]
+    prepared = qdeploy.calibrate(qdeploy.prepare(model, x, backend, "fast"), [x])
+    specs = {one.tensor: one for one in prepared.plan.tensors}
+    assert specs["x"].spec is None and "taken apart" in specs["x"].reason and prepared.plan.tie_free == (backend in ("onnxruntime", "tvm"))
+    wanted, found = prepared.captured.module(x).detach(), prepared(x)
+    assert decibels(wanted.numpy(), found.detach().numpy()) > 30
+    report = qdeploy.verify(qdeploy.convert(prepared, tmp_path / "out"), runtime="onnxruntime")
+    assert report.passed, report
+
+
+def test_an_input_that_is_not_taken_apart_is_quantized_as_it_comes() -> None:
+    torch.manual_seed(0)
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.permute(0, 3, 1, 2))
+
+    plan = make_plan(capture(Turned().eval(), torch.randn(2, 4, 4, 3)).module, find_backend("onnxruntime"))
+    assert "x" in {one.tensor for one in plan.quantized}

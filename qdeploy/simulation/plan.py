@@ -25,7 +25,7 @@ from torch import Tensor, fx
 
 from qdeploy.core.backend import Backend, OpRule
 from qdeploy.core.errors import InputError, OptionError, unknown_name
-from qdeploy.core.ops import COMPUTE, CONVOLUTION, EVERY
+from qdeploy.core.ops import COMPUTE, CONVOLUTION, EVERY, MOVE
 from qdeploy.core.spec import QuantSpec, Role
 from qdeploy.graph import query
 from qdeploy.graph.channels import padding
@@ -35,6 +35,8 @@ _SINGULAR = frozenset({"log", "reciprocal"})
 _BEYOND = 1e9
 """From here on a number is none to compute with: infinity, or what stands for it."""
 
+_TAKES = frozenset({"slice", "select", "split", "index_select"})
+"""Ops that take a part of a tensor."""
 Tail = Literal["auto", "float", "quantized"]
 """What becomes of the tail: `auto` keeps it in float where a part of a concat would be lost."""
 
@@ -203,7 +205,8 @@ class _Planner:
         self.apart: set[fx.Node] = set()
         """Concats that do not share one encoding with all that they put together."""
         self.tail = self._float_tail(tail)
-        for node in self.tail:
+        self.head = self._float_head()
+        for node in self.tail | self.head:
             self.rule[node] = None
         self.stays = self._staying()
         layers = [n for n in self.calls if self.op[n].weight is not None]
@@ -261,6 +264,27 @@ class _Planner:
         self.notes.clear()
         return set(ours)
 
+    def _float_head(self) -> set[fx.Node]:
+        """What takes an input apart, where the target may do that in float: states of an LSTM may lie in one tensor, a thousand times
+        as wide one as the other, and each part has an encoding of its own where it is read."""
+        if self.backend.encodes_all or not self.backend.activation.linear:
+            return set()
+        found: set[fx.Node] = set()
+        for given in self.nodes:
+            if given.op != "placeholder" or given not in self.floats:
+                continue
+            moves: list[fx.Node] = []
+            ahead = [*given.users]
+            while ahead:
+                node = ahead.pop()
+                rule = self.rule.get(node)
+                if rule is not None and rule.share and self.op[node].name in MOVE - {"concat", "pad"} and node not in moves:
+                    moves.append(node)
+                    ahead += node.users
+            if sum(self.op[node].name in _TAKES for node in moves) > 1:
+                found.update(moves)
+        return found
+
     def _cuts(self) -> list[fx.Node]:
         """The tensors where the file of a target ends that computes all in integers."""
         found = []
@@ -315,7 +339,8 @@ class _Planner:
         `again` behind that."""
         if node in self.notes or not query.is_float(node) or node.op not in ("placeholder", "call_function"):
             return False
-        return any(user in again and query.is_float(user) and (node, user) not in self.edges for user in node.users)
+        exact = self.head if node.op == "placeholder" or node in self.head else ()  # the values of an input, as they are given
+        return any(u in again and query.is_float(u) and u not in exact and (node, u) not in self.edges for u in node.users)
 
     def _activation_specs(self) -> tuple[QuantSpec, QuantSpec]:
         """Specs of activations, and of those that the first and the last layer read."""
@@ -507,6 +532,8 @@ class _Planner:
             return self.notes[node]
         if node in self.infinite:
             return f"float: it holds {self.infinite[node]:g}, for which there is no code"
+        if node in self.head or any(user in self.head for user in node.users):
+            return "float: taken apart first, so that each part has an encoding of its own"
         if node in self.tail:
             return "float: behind the last layers, where one encoding would lose a part"
         readers = ", ".join(sorted({self.op[u].name if u in self.op else "the output" for u in node.users}))
