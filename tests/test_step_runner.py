@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import networks
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qdeploy
 from qdeploy import api
@@ -21,7 +23,7 @@ from qdeploy.core.recipe import Choice, Recipe, StepChoice
 from qdeploy.graph import query
 from qdeploy.recipes import step
 from qdeploy.recipes.calibration_pass import EARLY_SHARE, FEW, HELD, SHARE, KeptSamples
-from qdeploy.recipes.judge import EXACT, Measure
+from qdeploy.recipes.judge import EXACT, Judge, Measure
 from qdeploy.recipes.step import Declined, Step, Work
 from qdeploy.recipes.step_runner import Samples
 from qdeploy.simulation.prepared import Prepared
@@ -385,3 +387,36 @@ def test_the_float_row_is_the_users_model_whatever_the_steps_have_changed(tmp_pa
     assert torch.allclose(torch.from_numpy(artifact.reference()[f"float.{name}"]), wanted, atol=1e-5)
     alone = qdeploy.verify(artifact, [batch], "onnxruntime:none", labels)
     assert alone.results[0].name == "model.onnx in float"
+
+
+def test_an_output_of_a_softmax_is_judged_by_what_enters_it():
+    """Less its mean over the classes, which changes nothing."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4), torch.nn.Softmax(1)).eval()
+    x = torch.randn(20, 3, 4)
+    for backend in ("snpe", "onnxruntime"):
+        made = qdeploy.calibrate(qdeploy.prepare(model, x, backend, recipe="fast"), [x])
+        measure = Judge(made, [x])()
+        assert measure.metric == "SQNR dB of logits"
+        wanted = model[:2](x).detach().double()
+        seen: list[Tensor] = []
+        with torch.no_grad(), softmax_seen(seen):
+            made(x)
+        (found,) = (logits.double() for logits in seen)
+        wanted, found = (t - t.mean(1, keepdim=True) for t in (wanted, found))
+        noise = (wanted - found).square().sum()
+        assert measure.value == pytest.approx(float(10 * torch.log10(wanted.square().sum() / noise)), abs=1e-6), backend
+
+
+@contextmanager
+def softmax_seen(seen: list[Tensor]) -> Iterator[None]:
+    """Keeps what enters every softmax within the block."""
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "softmax" in str(func):
+                seen.append(args[0].clone())
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        yield

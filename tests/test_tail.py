@@ -286,7 +286,8 @@ def test_the_parts_of_an_input_have_encodings_of_their_own_where_they_are_read(b
     model, x = States().eval(), torch.randn(24, 2, 6) * torch.tensor([0.5, 100.0])[:, None]
     prepared = qdeploy.calibrate(qdeploy.prepare(model, x, backend, "fast"), [x])
     specs = {one.tensor: one for one in prepared.plan.tensors}
-    assert specs["x"].spec is None and "taken apart" in specs["x"].reason and prepared.plan.tie_free == (backend in ("onnxruntime", "tvm"))
+    assert specs["x"].spec is None and "taken apart" in specs["x"].reason
+    assert prepared.plan.tie_free == (backend == "onnxruntime"), "the others compute tanh in float"
     wanted, found = prepared.captured.module(x).detach(), prepared(x)
     assert decibels(wanted.numpy(), found.detach().numpy()) > 30
     report = qdeploy.verify(qdeploy.convert(prepared, tmp_path / "out"), runtime="onnxruntime")

@@ -2,7 +2,9 @@
 
 The measure is the SQNR of the outputs against those of the float model, its mean where there are several, or the share of right classes
 where labels are given, or what the user's metric says. An output that a concat puts together counts as its parts: beside boxes, scores
-would not be heard. Whether one simulation is better than another is told from the same samples in both: of each, the gain is
+would not be heard. Of an output that a softmax makes what enters it is measured, less its mean, which no softmax feels: most samples
+have a class of probability 1, and the noise of the others, which are few, would decide alone. Whether one simulation is better than
+another is told from the same samples in both: of each, the gain is
 
     d = mean over outputs of  10 log10( noise before / noise after )      in dB
 
@@ -19,10 +21,10 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, fx
 
 from qdeploy.capture import outputs
-from qdeploy.graph import query
+from qdeploy.graph import edit, query
 from qdeploy.graph.flow import run
 from qdeploy.graph.parts import Parts, output_parts
 from qdeploy.numerics.metrics import METRICS, Metric
@@ -117,30 +119,73 @@ class Judge:
         self.samples = tuple(samples)
         self.labels = labels
         self.metric = METRICS["top1"] if metric is None and labels is not None else metric
-        self._wanted = run(prepared.captured.module, samples, prepared.batch_size)
+        self._logits = [_softmax(node) for node in query.outputs(prepared.captured.module.graph)]
+        self._float, self._module = (_with_logits(module) for module in (prepared.captured.module, prepared.module))
+        self._wanted = run(self._float, samples, prepared.batch_size)
         self._parts = [output_parts(node) for node in query.outputs(prepared.captured.module.graph)]
 
     def __call__(self, rows: slice = slice(None)) -> Measure:
         """The measure of the simulation as it is, on these samples."""
         inputs = [tensor[rows] for tensor in self.samples]
-        made = run(self.prepared.module, inputs, self.prepared.batch_size)
+        made = run(self._module, inputs, self.prepared.batch_size)
         count, everything = len(inputs[0]), len(self.samples[0])
         pairs = []
-        for want, got, parts in zip(self._wanted, made, self._parts, strict=True):
+        logits = iter(zip(self._wanted[len(self._parts) :], made[len(self._parts) :], strict=True))
+        for place, parts in enumerate(self._parts):
+            want, got, softmax = self._wanted[place], made[place], self._logits[place]
+            if softmax is not None:
+                want, got = (_centered(t, softmax) for t in next(logits))
             if want.is_floating_point() and want.numel():
                 whole = want.dim() and len(want) == everything
                 wanted = want[rows] if whole else want
                 pairs += [_energies(w, g, count) for w, g in zip(_cut(wanted, parts), _cut(got, parts), strict=True)]
         signal, noise = (torch.stack(column) for column in zip(*pairs, strict=True)) if pairs else (torch.zeros(0, count),) * 2
         scores = None if self.metric is None else torch.from_numpy(self._scores(self.metric, made, rows)).double().expand(count)
-        return Measure(signal=signal, noise=noise, scores=scores, name=self.metric.name if self.metric else "")
+        return Measure(signal=signal, noise=noise, scores=scores, name=self.metric.name if self.metric else self._name(len(signal)))
+
+    def _name(self, count: int) -> str:
+        """What the SQNR is of, where not of the outputs alone."""
+        plain = SQNR if count == 1 else MEAN_SQNR
+        return f"{plain} of logits" if any(one is not None for one in self._logits) else plain
 
     def _scores(self, metric: Metric, made: Sequence[Tensor], rows: slice) -> NDArray[Any]:
         everything = len(self.samples[0])
         wanted = [want[rows] if want.dim() and len(want) == everything else want for want in self._wanted]
         labels = None if self.labels is None else self.labels[rows].numpy()
         names = outputs.names(self.prepared.captured.module)
-        return metric.scores(names, [t.numpy() for t in made], [t.numpy() for t in wanted], labels)
+        count = len(names)
+        return metric.scores(names, [t.numpy() for t in made[:count]], [t.numpy() for t in wanted[:count]], labels)
+
+
+def _softmax(output: fx.Node) -> fx.Node | None:
+    """The softmax that makes an output, if others only move its values; quantizers are looked through."""
+    node = output
+    while node.op == "call_module" or query.op_of(node).name in ("reshape", "transpose", "squeeze", "unsqueeze"):
+        if len(node.all_input_nodes) != 1:
+            return None
+        (node,) = node.all_input_nodes
+    return node if node.op == "call_function" and query.op_of(node).name == "softmax" else None
+
+
+def _with_logits(module: fx.GraphModule) -> fx.GraphModule:
+    """`module` with what enters each softmax that makes an output behind its outputs; parameters and quantizers are the same."""
+    copy = edit.copy(module)
+    made = query.outputs(copy.graph)
+    logits = [softmax.args[0] for node in made if (softmax := _softmax(node)) is not None]
+    if not logits:
+        return module
+    (output,) = copy.graph.find_nodes(op="output")
+    output.args = ([*made, *logits],)
+    copy.graph.set_codegen(fx.graph.CodeGen())  # that of an exported graph puts outputs into the structure of the model's
+    copy.recompile()
+    return copy
+
+
+def _centered(logits: Tensor, softmax: fx.Node) -> Tensor:
+    """`logits` in float64, less their mean along the dimension of the softmax."""
+    dim = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim", -1)
+    assert isinstance(dim, int)
+    return logits.double() - logits.double().mean(dim, keepdim=True)
 
 
 def _cut(tensor: Tensor, parts: Parts | None) -> Sequence[Tensor]:

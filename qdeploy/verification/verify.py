@@ -24,6 +24,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
@@ -309,7 +310,7 @@ def verify_artifact(
     model = artifact.load(artifact.model)
     faults = missing_names(artifact.encodings, artifact.manifest["planned"], tensor_names(model))
     if artifact.manifest.get("encodes_all"):
-        found = without_encoding(model, artifact.encodings, artifact.manifest["float"])
+        found = _without_encoding(artifact, model)
         faults += [fault for tensor, fault in found.items() if tensor not in artifact.manifest["planned"]]  # these are said already
     faults += _number_faults(artifact)
     saved = _saved(artifact)
@@ -362,6 +363,16 @@ def _measured(
         fits = made and result.samples == results[0].samples
         found.append(replace(result, metric=float(metric.scores(names, made, joined[0], labels).mean())) if fits else result)
     return tuple(found)
+
+
+def _without_encoding(artifact: Artifact, model: onnx.ModelProto) -> dict[str, str]:
+    """The float tensors of `model` without an encoding, with a sentence on each; `ArtifactError` for a damaged one."""
+    try:
+        return without_encoding(model, artifact.encodings, artifact.manifest.get("float", {}))
+    except Exception as error:  # onnx raises many kinds for damaged models
+        raise ArtifactError(
+            f"'{artifact.model}' is no whole model", found=one_line(error), action="quantize the model again"
+        ) from error
 
 
 def _compare(
