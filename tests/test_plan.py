@@ -543,3 +543,36 @@ def norm_first() -> fx.GraphModule:
 def test_the_statistics_of_a_batch_norm_that_stays_are_not_quantized(backend: str) -> None:
     plan = make_plan(norm_first(), backends[backend])
     assert not [t.tensor for t in plan.quantized if t.tensor.startswith("0.") and t.role == "constant"]
+
+
+class Pooled(torch.nn.Module):
+    """A leaky activation, whose negative values max pooling leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.last = torch.nn.Conv2d(3, 6, 3), torch.nn.PReLU(), torch.nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(F.max_pool2d(self.act(self.first(x)), 4, 2))
+
+
+@pytest.mark.parametrize("backend", ["snpe", "onnxruntime", "tensorrt"])
+def test_the_range_of_what_only_max_pooling_reads_is_that_of_its_maxima(backend: str):
+    torch.manual_seed(0)
+    model, x = Pooled().eval(), torch.randn(16, 3, 12, 12)
+    with torch.no_grad():
+        model.act.weight.fill_(0.9)
+    prepared = qdeploy.calibrate(qdeploy.prepare(model, x, backend, "fast"), [x])
+    with torch.no_grad():
+        made = model.act(model.first(x))
+        pooled = F.max_pool2d(made, 4, 2)
+    assert float(made.min()) < 2 * float(pooled.min().clamp(max=0))
+    quantizer = prepared.quantizers["max_pool2d"]
+    low, high = float(pooled.min().clamp(max=0)), float(pooled.max())
+    if quantizer.spec.symmetric:
+        assert float(quantizer.scale) == pytest.approx(max(-low, high) / 127, rel=0.01)
+    else:
+        assert float(quantizer.scale) == pytest.approx((high - low) / 255, rel=0.01)
+    scale, zero = quantizer.scale, quantizer.zero_point
+    early, late = (arith.fake_quantize(t, scale, zero, quantizer.spec) for t in (made, pooled))
+    assert torch.equal(F.max_pool2d(early, 4, 2), late), "clipping and the largest of several commute"

@@ -174,8 +174,11 @@ def test_of_the_ranges_that_a_recipe_names_the_best_are_where_its_steps_start():
     made = qdeploy.calibrate(networks.fresh("plain", "snpe", recipe=replace(POOR, steps=(), starts=starts)), networks.batches("plain"))
     best = qdeploy.calibrate(networks.fresh("plain", "snpe", recipe="minmax"), networks.batches("plain"))
     (entry,) = made.log
-    assert entry["step"] == "start" and entry["decision"] == "kept" and entry["gain"] > 3 and "minmax is the best" in entry["reason"]
+    assert entry["step"] == "start" and entry["decision"] == "kept" and entry["reason"].startswith("minmax is the best of minmax ")
     assert same(made, best)
+    others = replace(POOR, steps=(), starts=(Choice(observer="percentile", options={"percentile": 99.9}),))
+    (entry,) = qdeploy.calibrate(networks.fresh("plain", "snpe", recipe=others), networks.batches("plain")).log
+    assert entry["gain"] > 3 and entry["reason"].startswith("percentile percentile=99.9 is the best of percentile percentile=80.0 ")
 
 
 def test_every_step_starts_from_the_measure_that_the_last_one_left():

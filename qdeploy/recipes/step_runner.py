@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from qdeploy.core.errors import InputError, OptionError, QDeployError
 from qdeploy.core.progress import StepProgress, no_step_progress
-from qdeploy.core.recipe import Choice, Recipe, StepChoice
+from qdeploy.core.recipe import EXTREMES, Choice, Recipe, StepChoice
 from qdeploy.core.spec import QuantSpec, Role
 from qdeploy.core.version import __version__
 from qdeploy.graph import edit, query
@@ -240,25 +240,34 @@ def _freeze(prepared: Prepared, state: FloatState, start: Choice | None, observe
 def _start(
     prepared: Prepared, state: FloatState, judge: Judge, observer_of: Callable[[Role, QuantSpec], Observer]
 ) -> tuple[Measure, Choice | None]:
-    """Take the best ranges to start from; their measure, and where they are from (None: the recipe's own)."""
+    """Take the best ranges to start from; their measure, and where they are from (None: the recipe's own).
+
+    Min-max goes first, if it is there, and others must be better by more than the samples may deceive: a sample that is rarer than all
+    of them loses nothing in it.
+    """
     begun = time.monotonic()
-    first = best = judge()
-    taken: Choice | None = None
-    tried = [f"{prepared.recipe.activation.label} {best.value:.4g}"]
-    for choice in prepared.recipe.starts:
+    own = prepared.recipe.activation
+    order = sorted((own, *prepared.recipe.starts), key=lambda choice: choice != EXTREMES)
+    first = best = None
+    taken = own
+    tried: list[str] = []
+    for choice in order if len(order) > 1 else ():
         try:
-            _freeze(prepared, state, choice, observer_of)
+            _freeze(prepared, state, None if choice is own else choice, observer_of)
         except QDeployError:  # an observer that these specs do not have, such as KL below 8 bits
             continue
         made = judge()
         tried.append(f"{choice.label} {made.value:.4g}")
-        if made.helps(best):
+        first = first or made
+        if best is None or made.helps(best):
             best, taken = made, choice
-    if len(tried) > 1:
-        _freeze(prepared, state, taken, observer_of)
-        words = f"{(taken or prepared.recipe.activation).label} is the best of {', '.join(tried)}"
-        _log(prepared, StepChoice(step="start"), first, best, "kept" if taken else "declined", words, begun)
-    return best, taken
+    if first is None or best is None:
+        return judge(), None
+    start = None if taken is own else taken
+    _freeze(prepared, state, start, observer_of)
+    words = f"{taken.label} is the best of {', '.join(tried)}"
+    _log(prepared, StepChoice(step="start"), first, best, "kept", words, begun)
+    return best, start
 
 
 def _choose_graph(

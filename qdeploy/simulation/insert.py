@@ -173,5 +173,5 @@ def observed_tensors(plan: Plan) -> dict[str, tuple[str, ...]]:
     groups: dict[str, list[str]] = {}
     for planned in plan.quantized:
         if planned.role == "activation" and planned.observe:
-            groups.setdefault(planned.group, []).append(planned.tensor)
+            groups.setdefault(planned.group, []).append(planned.seen or planned.tensor)
     return {group: tuple(tensors) for group, tensors in groups.items()}

@@ -25,7 +25,7 @@ from torch import Tensor, fx
 
 from qdeploy.core.backend import Backend, OpRule
 from qdeploy.core.errors import InputError, OptionError, unknown_name
-from qdeploy.core.ops import COMPUTE, CONVOLUTION, EVERY, MOVE
+from qdeploy.core.ops import COMPUTE, CONVOLUTION, EVERY, MAX_POOL, MOVE
 from qdeploy.core.spec import QuantSpec, Role
 from qdeploy.graph import query
 from qdeploy.graph.channels import padding
@@ -46,7 +46,8 @@ class TensorPlan:
     """The decision on one tensor.
 
     `spec` is None where it stays float. `group` names the tensor whose quantizer it uses. `readers` are the tensors made by the ops
-    that see it quantized; `observe` is False where the values only pass through. For a bias, `scales_of` names its layer's input
+    that see it quantized; `observe` is False where the values only pass through, and `seen` the tensor that its range is that of, where
+    this is what max pooling leaves of it. For a bias, `scales_of` names its layer's input
     and weight. `average` is the kernel of an average pooling that the target does by multiplying and shifting, and its input.
     """
 
@@ -58,6 +59,7 @@ class TensorPlan:
     group: str = ""
     readers: tuple[str, ...] = ()
     observe: bool = True
+    seen: str = ""
     scales_of: tuple[str, str] | None = None
     average: tuple[str, tuple[int, int]] | None = None
 
@@ -514,8 +516,21 @@ class _Planner:
             group=query.tensor_name(root),
             readers=tuple(query.reader_name(r) for r in readers),
             observe=not carried,
+            seen="" if carried else self._pooled_max(node),
             average=self._average(node),
         )
+
+    def _pooled_max(self, node: fx.Node) -> str:
+        """The tensor that max pooling makes of `node`, where nothing else reads it: what lies below its range may be clipped before."""
+        found, last = "", node
+        while len(last.users) == 1 and last not in self.outputs:
+            (user,) = last.users
+            rule = self.rule.get(user)
+            if rule is None or not rule.share or self.op[user].name not in MAX_POOL | {"pad"} or not query.is_float(user):
+                break
+            last = user
+            found = query.tensor_name(user) if self.op[user].name in MAX_POOL else found
+        return found
 
     def _average(self, node: fx.Node) -> tuple[str, tuple[int, int]] | None:
         """The quantized input and the kernel of an average pooling that the target does not divide exactly."""
