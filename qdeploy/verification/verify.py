@@ -40,6 +40,7 @@ from qdeploy.numerics.metrics import Metric
 from qdeploy.runtimes.runtime import Runtime, find_runtime, runtimes
 from qdeploy.simulation.prepared import Prepared
 from qdeploy.verification.encoded import without_encoding
+from qdeploy.verification.quality import destroyed, fewer_right
 from qdeploy.verification.session import LITERAL, REFERENCE, BatchedSession
 from qdeploy.verification.verdict import ALARM, FAILED, PASSED, UNDECIDED, Asked, Comparison, Output
 
@@ -153,36 +154,6 @@ class Report:
             **{key: list(texts) for key, texts in said.items()},
             "results": rows,
         }
-
-
-LEAST_QUALITY = 10.0
-"""dB of an output or a part of one, below which quantization has destroyed it."""
-MOST_POINTS = 0.05
-"""Share of right classes that quantization may cost."""
-
-
-def destroyed(known: Sequence[Output], plain: Sequence[Array], simulated: Sequence[Array]) -> list[str]:
-    """The outputs, or parts of them, of which the simulation keeps less than `LEAST_QUALITY` on the saved samples, a sentence each."""
-    compared = Comparison(known)
-    compared.add(plain, simulated, None)
-    found = []
-    for place, output in enumerate(known):
-        if plain[place if output.part is None else output.part[0]].dtype.kind != "f":
-            continue
-        level, most = compared.level(place)
-        if most < LEAST_QUALITY:
-            what = f"part {output.name}" if output.part is not None else f"output '{output.name}'"
-            found.append(f"{what} of the simulation is {level:.1f} dB from the float model, {LEAST_QUALITY:.0f} dB are asked")
-    return found
-
-
-def fewer_right(references: Sequence[Result]) -> list[str]:
-    """What there is to say where labels show that quantization costs more than `MOST_POINTS` of the right classes."""
-    rates = [row.accuracy for row in references]
-    if len(rates) < 2 or rates[0] is None or rates[-1] is None or rates[0] - rates[-1] <= MOST_POINTS:
-        return []
-    lost = 100 * (rates[0] - rates[-1])
-    return [f"quantization costs {lost:.1f} points of {rates[0]:.2%} right classes, {100 * MOST_POINTS:.0f} points are taken"]
 
 
 class _Row:
@@ -336,7 +307,7 @@ def verify_artifact(
         results = tuple(row.result(level) for row in (*references, *rows))
         if metric is not None:
             results = _measured(metric, artifact.outputs, results, [row.kept for row in (*references, *rows)], labels)
-        quality += fewer_right(results[: len(references)])
+        quality += fewer_right([row.accuracy for row in results[: len(references)]])
         report = Report(
             results=results,
             faults=tuple(faults),
