@@ -173,6 +173,8 @@ def _missing(model: Model, backend: Backend, in_float: dict[str, str]) -> Iterat
         if rule is None:
             yield from _without_reason(model, node, in_float)
             continue
+        if _stays(model, backend, node):
+            continue
         if head is None and _needs_inputs(model, node, rule):
             for name in _data(model, node):
                 if not model.enters_encoded(name) and not _excused(model, backend, node, name):
@@ -180,8 +182,20 @@ def _missing(model: Model, backend: Backend, in_float: dict[str, str]) -> Iterat
         if rule.output and not _is_tail_ahead(model, backend, node):
             for name in node.output:
                 read = model.is_float(name) and (name in model.readers or name in model.outputs)
+                read &= name in model.outputs or not all(_stays(model, backend, reader) for reader in model.readers.get(name, []))
                 if read and not model.leaves_encoded(name) and not model.enters_encoded(name):
                     yield f"{name}, made by {node.op_type} {node.name}"
+
+
+def _stays(model: Model, backend: Backend, node: onnx.NodeProto) -> bool:
+    """Whether `node` reads floats, whatever makes them: a logarithm and the like without integers, or an op that stays in float, also
+    behind others that only move its values."""
+    rule = _rule(model, backend, node)
+    if rule is None:
+        return node.op_type in ("Log", "Reciprocal") and not backend.encodes_all
+    readers = [reader for name in node.output for reader in model.readers.get(name, [])]
+    moves = rule.share and node.op_type in MOVES and bool(readers) and not set(node.output) & model.outputs
+    return rule.stay_float or (moves and all(_stays(model, backend, reader) for reader in readers))
 
 
 def _needs_inputs(model: Model, node: onnx.NodeProto, rule: OpRule) -> bool:
