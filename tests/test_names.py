@@ -54,8 +54,11 @@ def data(first: str, second: str) -> dict[str, torch.Tensor]:
     return {first: torch.from_numpy(numbers(8, 3, 8, 8)), second: torch.from_numpy(numbers(8, 4))}
 
 
-@pytest.mark.parametrize("height", [8, "h"])
-@pytest.mark.parametrize("kind", NAMES)
+QUICK = (("numbers", "h"), ("spaces", 8))
+CASES = [(kind, height) for kind in NAMES for height in (8, "h")]
+
+
+@pytest.mark.parametrize(("kind", "height"), [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES])
 def test_inputs_and_outputs_keep_their_names_in_every_file(kind: str, height: int | str, tmp_path: Path) -> None:
     first, second, _, logits, gate = NAMES[kind]
     model = load_model(written(tmp_path / "m.onnx", *NAMES[kind], height))

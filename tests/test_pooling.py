@@ -115,7 +115,7 @@ def check(model: nn.Module, x: Tensor, exact: dict[str, np.ndarray], backend: st
 TARGETS = ["onnxruntime", "snpe", pytest.param("tensorrt", marks=pytest.mark.slow), pytest.param("openvino", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("backend", TARGETS)
+@pytest.mark.parametrize("backend", [t if t == "snpe" else pytest.param(t, marks=pytest.mark.slow) for t in TARGETS])
 def test_every_pooling_of_torch_is_what_torch_computes(backend: str, tmp_path: Path) -> None:
     x = torch.randn(4, 4, 9, 10, generator=torch.Generator().manual_seed(1))
     model = Pooled(POOLS).eval()
